@@ -1,0 +1,3 @@
+from lrsa.attention.api import lrsa_attention
+
+__all__ = ["lrsa_attention"]

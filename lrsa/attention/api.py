@@ -1,0 +1,102 @@
+"""The public attention function: checks, cutting the batch into documents, and the choice of implementation.
+
+Shapes: B batch, H query heads, G KV heads, T tokens of a row, D head dim; N documents of at most M tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from lrsa.attention import rectangles, reference
+from lrsa.attention.documents import Group, find_documents
+from lrsa.config import LRSAConfig
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = {"reference": reference.attend, "rectangles": rectangles.attend}
+
+
+def lrsa_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    config: LRSAConfig,
+    *,
+    scale: float | None = None,
+    position_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Lag-Relative Sparse Attention over whole rows, in training or in the prefill of an empty cache.
+
+    Args:
+        query: `[B, H, T, D]`, after RoPE; key, value: `[B, G, T, D]` with `H % G == 0`.
+        config: the settings.
+        scale: factor of the scores before the softmax, `D ** -0.5` when `None`.
+        position_ids: `[B, T]` or `[1, T]`; a row is cut into documents where they restart, as packing does.
+        attention_mask: the 2D padding mask `[B, T]`, nonzero where a token is real; padding on any side.
+        impl: `"reference"` (dense mask, for tests), `"rectangles"`, or `"auto"`, which logs once what it chose.
+
+    Returns:
+        `[B, H, T, D]` in the query's dtype; 0 at padding. Gradients flow to query, key and value.
+
+    Raises:
+        ValueError: when shapes or `impl` cannot be used.
+
+    Source: LRSA, arXiv 2506.11498.
+    """
+    _check(query, key, value, position_ids, attention_mask, impl)
+    if impl == "auto":
+        impl = _choose(query.device.type, query.dtype)
+    attend = IMPLEMENTATIONS[impl]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    groups = find_documents(attention_mask, position_ids, (query.shape[0], query.shape[2]))
+    if len(groups) == 1 and groups[0].whole:
+        return attend(query, key, value, config, scale)
+    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    out = torch.zeros_like(tokens[0])
+    for group in groups:
+        found = attend(*(_take(x, group) for x in tokens), config, scale).transpose(1, 2)
+        out = out.index_put((group.index[group.valid],), found[group.valid])
+    return out.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2)
+
+
+def _take(tokens: torch.Tensor, group: Group) -> torch.Tensor:
+    """`[B * T, H, D]` -> the documents of a group, `[N, H, M, D]`; what lies behind a document's end is never seen."""
+    return tokens[group.index].transpose(1, 2).contiguous()
+
+
+@functools.cache
+def _choose(device: str, dtype: torch.dtype) -> str:
+    logger.info(
+        "lrsa_attention(impl='auto') uses 'rectangles' on %s in %s: it needs no mask and no compiler", device, dtype
+    )
+    return "rectangles"
+
+
+def _check(query, key, value, position_ids, attention_mask, impl):
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}.")
+    if query.dim() != 4 or key.dim() != 4:
+        raise ValueError(
+            f"query and key must be [batch, heads, tokens, head_dim], got {query.dim()}D and {key.dim()}D."
+        )
+    if key.shape != value.shape:
+        raise ValueError(f"key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}.")
+    batch, heads, tokens, channels = query.shape
+    if (batch, tokens, channels) != (key.shape[0], key.shape[2], key.shape[3]):
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch, tokens and head_dim; "
+            "a query shorter than its keys belongs to an LRSACache."
+        )
+    if heads % key.shape[1]:
+        raise ValueError(f"query heads ({heads}) must be a multiple of KV heads ({key.shape[1]}).")
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch, tokens):
+        raise ValueError(
+            f"attention_mask must be the 2D padding mask [{batch}, {tokens}], got {tuple(attention_mask.shape)}."
+        )
+    if position_ids is not None and tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
+        raise ValueError(f"position_ids must be [{batch}, {tokens}] or [1, {tokens}], got {tuple(position_ids.shape)}.")

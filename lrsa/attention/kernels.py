@@ -1,0 +1,77 @@
+"""PyTorch's own flash kernels, called piece by piece: each gives its output and log-sum-exp, and a backward that takes
+the output and log-sum-exp of *all* pieces together, which makes the gradients of the pieces add up to the whole.
+
+Shapes: B batch, H query heads, G KV heads, T queries, S keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+aten = torch.ops.aten
+
+
+def forward(query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend `[B, H, T, D]` over `[B, G, S, D]`: output like the query, log-sum-exp `[B, H, T]`, fp32 or fp64.
+
+    `causal` is for square pieces only, where all vendors agree on what it means.
+    """
+    if _is_plain(query):
+        return _plain_forward(query, key, value, causal, scale)
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    out, lse, *_ = aten._flash_attention_forward(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scale,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+def backward(grad, query, key, value, out, lse, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
+    """Gradients for the query, key and value of one piece, given the output and log-sum-exp of all pieces."""
+    if _is_plain(query):
+        return _plain_backward(grad, query, key, value, out, lse, causal, scale)
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, lse, 0.0, causal, scale=scale
+        )
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the random numbers of dropout, which is off
+    grads = aten._flash_attention_backward(
+        *(x.transpose(1, 2).contiguous() for x in (grad, query, key, value, out)),
+        lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal, state, state[:0], scale=scale,
+    )  # fmt: skip
+    return tuple(x.transpose(1, 2) for x in grads)
+
+
+def _is_plain(query: torch.Tensor) -> bool:
+    """Flash on CUDA takes half precision and at most 256 channels; the rest is computed in the open."""
+    return query.device.type != "cpu" and (query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256)
+
+
+def _plain_forward(query, key, value, causal, scale):
+    scores = _scores(query, key, causal, scale)
+    lse = scores.logsumexp(-1)
+    out = torch.exp(scores - lse[..., None]) @ value[:, :, None]
+    return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def _plain_backward(grad, query, key, value, out, lse, causal, scale):
+    batch, kv_heads = key.shape[:2]
+    grouped = (batch, kv_heads, -1, *query.shape[2:])
+    weights = torch.exp(_scores(query, key, causal, scale) - lse.reshape(grouped[:4])[..., None])
+    grad, out = grad.reshape(grouped), out.reshape(grouped)
+    grad_value = (weights.transpose(-1, -2) @ grad).sum(2)
+    grad_scores = weights * (grad @ value[:, :, None].transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * scale
+    grad_query = (grad_scores @ key[:, :, None]).reshape(query.shape)
+    grad_key = (grad_scores.transpose(-1, -2) @ query.reshape(grouped)).sum(2)
+    return grad_query, grad_key, grad_value
+
+
+def _scores(query, key, causal, scale):
+    """`[B, G, H / G, T, S]`."""
+    batch, kv_heads = key.shape[:2]
+    scores = query.reshape(batch, kv_heads, -1, *query.shape[2:]) @ key[:, :, None].transpose(-1, -2) * scale
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores

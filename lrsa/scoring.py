@@ -1,0 +1,55 @@
+"""How much each token of a window stands out, measured in the value range of the window that follows it.
+
+Shapes: B batch, G KV heads, S tokens of a row, W complete windows behind its sink, L = lag_size, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lrsa.config import LRSAConfig
+
+
+def lag_relative_scores(keys: torch.Tensor, values: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
+    """Score every token of every complete window that has a complete window after it.
+
+    Args:
+        keys: post-RoPE keys of whole rows from their first real token on, `[B, G, S, D]`.
+        values: `[B, G, S, Dv]`.
+        config: `sink_size`, `lag_size` and `value_weight` are used.
+
+    Returns:
+        fp32 scores `[B, G, max(W - 1, 0), L]`, always finite; higher is kept first. No gradient flows through them.
+
+    Raises:
+        ValueError: when the shapes do not belong together.
+
+    Source: LagKV, arXiv 2504.04704, section 3; used for training by LRSA, arXiv 2506.11498.
+    """
+    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+        raise ValueError(
+            "keys and values must be [batch, kv_heads, tokens, head_dim] of the same batch, heads and tokens, "
+            f"got {tuple(keys.shape)} and {tuple(values.shape)}."
+        )
+    with torch.no_grad():
+        scores = _window_softmax(keys, config)
+        if config.value_weight:
+            scores = scores + config.value_weight * _window_softmax(values, config)
+    return scores
+
+
+def _window_softmax(states: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
+    """softmax over a window's tokens of the std over channels, after min-max normalisation by the next window."""
+    count = max(states.shape[2] - config.sink_size, 0) // config.lag_size
+    if count < 2:
+        return states.new_zeros(*states.shape[:2], 0, config.lag_size, dtype=torch.float32)
+    body = states[:, :, config.sink_size : config.sink_size + count * config.lag_size]
+    windows = body.reshape(*states.shape[:2], count, config.lag_size, states.shape[-1])
+    window, reference = windows[:, :, :-1].float(), windows[:, :, 1:]
+    low, high = reference.amin(3, keepdim=True).float(), reference.amax(3, keepdim=True).float()
+    spread = high - low
+    # A channel that is constant in the reference says nothing: it contributes 0, where LagKV divides by zero.
+    # The clamp keeps a nearly constant channel from overflowing; no trained model comes near it.
+    normalised = torch.where(spread > 0, (window - low) / spread, 0.0).clamp_(-1e15, 1e15)
+    deviation = normalised.std(dim=-1, correction=1 if states.shape[-1] > 1 else 0)
+    return deviation.softmax(dim=-1)
