@@ -1,0 +1,29 @@
+"""Measure models with full and with compressed caches: retrieval, question answering, loss, memory."""
+
+from lrsa.evaluation.compare import compare
+from lrsa.evaluation.cost import LayerCost, cache_cost, prefill_cost
+from lrsa.evaluation.generation import generate_answers
+from lrsa.evaluation.perplexity import evaluate_loss, perplexity
+from lrsa.evaluation.question_answering import evaluate_question_answering
+from lrsa.evaluation.results import Cell, Results, Setting
+from lrsa.evaluation.retrieval import evaluate_retrieval
+from lrsa.evaluation.score import Score, paired_difference
+from lrsa.evaluation.state import Variant
+
+__all__ = [
+    "Cell",
+    "LayerCost",
+    "Results",
+    "Score",
+    "Setting",
+    "Variant",
+    "cache_cost",
+    "compare",
+    "evaluate_loss",
+    "evaluate_question_answering",
+    "evaluate_retrieval",
+    "generate_answers",
+    "paired_difference",
+    "perplexity",
+    "prefill_cost",
+]
