@@ -1,0 +1,51 @@
+"""Train a LoRA adapter for a compressed KV cache, as one YAML file describes it, and evaluate it.
+
+  python launch/train.py --config quickstart.yaml
+  deepspeed launch/train.py --config qa.yaml                       # every GPU of this machine
+  deepspeed --num_gpus 2 launch/train.py --config qa.yaml --set lrsa.top_k=64 train.output_dir=runs/qa-64
+
+The run's directory (train.output_dir) then holds the adapter with its lrsa_config.json, the settings as they were used
+(config.yaml), the log (log.jsonl), the data report and the evaluation (report.md, results.json, a picture). The same
+command once more stops with a message: choose --resume to continue, or --overwrite to start again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    # As a script, launch/ comes first on the path, where this file would hide the package `train`.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from train import environment
+
+    environment.prepare()
+    from train.command_line import Parser, explain
+
+    parser = Parser(prog="launch/train.py", description=__doc__)
+    parser.add_argument(
+        "--config", required=True, help="a YAML file, also looked up in configs/; .yaml may be left out"
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the newest checkpoint in the run's directory; start from the beginning when there is none",
+    )
+    again.add_argument("--overwrite", action="store_true", help="delete the results of an earlier run in the directory")
+    options = parser.parse_args()
+
+    def job() -> None:
+        from train.settings import load_settings
+
+        settings = load_settings(options.config, options.set)
+        from train.pipeline import run
+
+        run(settings, resume=options.resume, overwrite=options.overwrite)
+
+    return explain(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""What is about to be trained, on one screen, before it begins."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from data import DataReport
+from train.settings import RunSettings
+from train.trainer import LRSATrainer, kept_tokens
+
+
+def print_banner(console: Console, settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> None:
+    """Show model, trainable share, compression, effective batch, data, steps and machine."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in facts(settings, trainer, report):
+        table.add_row(name, escape(value))
+    title = "LRSA adapter" if trainer.lrsa is not None else "dense control: the same data, seed and steps"
+    console.print(Panel(table, title=f"training the {title}", title_align="left", expand=False))
+
+
+def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> list[tuple[str, str]]:
+    """The banner's lines as `(name, text)`."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
+    total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    args, rows = trainer.args, len(trainer.train_dataset)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    per_epoch = math.ceil(math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
+                          / args.gradient_accumulation_steps)  # fmt: skip
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
+    packed = f", packed into {rows}" if args.packing else ""
+    return [
+        ("model", f"{settings.model.name_or_path}, {_count(total)} parameters in {settings.model.dtype}"),
+        ("adapter", f"LoRA r {settings.lora.r}, {_count(trainable)} parameters trained ({trainable / total:.2%})"),
+        ("attention", _attention(settings, trainer)),
+        ("batch", f"{args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} accumulated x "
+                  f"{processes} = {per_step} rows per step"),
+        ("data", f"{report.rows} rows{packed}, {report.compressed_share:.1%} long enough to be compressed"),
+        ("steps", f"{steps}, {steps / max(per_epoch, 1):.2f} epochs, learning rate {args.learning_rate:g}"),
+        ("machine", _machine(trainer)),
+        ("output", str(args.output_dir)),
+    ]  # fmt: skip
+
+
+def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:
+    lrsa = trainer.lrsa
+    if lrsa is None:
+        return "dense causal"
+    layers = trainer.model.config.get_text_config().num_hidden_layers
+    length = settings.data.context_length
+    kept = kept_tokens([length], lrsa, layers)
+    skipped = f", layers {', '.join(map(str, lrsa.skip_layers))} dense" if lrsa.skip_layers else ""
+    return (
+        f"LRSA, sink {lrsa.sink_size}, lag {lrsa.lag_size}, top_k {lrsa.top_k}{skipped}: keeps {lrsa.keep_ratio:.1%} "
+        f"of a window; of {length} tokens the cache holds {kept:.0f} ({kept / length:.1%})"
+    )
+
+
+def _machine(trainer: LRSATrainer) -> str:
+    device = trainer.args.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    precision = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32"
+    return f"{name}, {precision}" + (f", DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else "")
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)

@@ -1,0 +1,56 @@
+"""What the scripts in `launch/` share: options, help that teaches, and one readable message for a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from train import environment
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose help ends with every section, and that speaks in the first process only."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        # The DeepSpeed launcher appends it; accelerate reads the number from the environment.
+        self.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+        self.add_argument(
+            *("--set",), action="extend", nargs="+", default=[], metavar="section.key=value",
+            help="replace settings of the file, for example --set lrsa.top_k=64 lora.r=8; values are YAML",
+        )  # fmt: skip
+
+    def format_help(self) -> str:
+        from train.help import sections_help
+
+        return f"{super().format_help()}\n{sections_help()}"
+
+    def error(self, message: str) -> None:
+        if environment.rank() == 0:
+            self.print_usage(sys.stderr)
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(job: Callable[[], object]) -> int:
+    """Run `job`; a mistake in settings, data or files is printed once, without traceback.
+
+    Returns:
+        the exit status: 0, or 2 for such a mistake.
+    """
+    try:
+        job()
+    except _mistakes() as error:
+        if environment.rank() == 0:
+            print(f"\n{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    from data import DataError
+    from train.adapter import AdapterError
+    from train.problems import SettingsError
+
+    return (SettingsError, DataError, AdapterError)

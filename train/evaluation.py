@@ -1,0 +1,84 @@
+"""Measures a finished run: the base model and its adapters as they lie on disk, with full and compressed caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from lrsa import LRSAConfig
+from lrsa.evaluation import Results, Variant, compare
+from train.adapter import ADAPTER_NAME
+from train.model import load_model
+from train.problems import Problem, SettingsError
+from train.settings import RunSettings
+
+TASKS = {"qa": "qa", "text": "loss", "synthetic": "retrieval"}
+BASE, CONTROL, TUNED = "base", "dense-LoRA", "LRSA-LoRA"
+
+
+def evaluate_run(
+    settings: RunSettings,
+    adapter: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    console: Console,
+    out: Path | None = None,
+) -> Results | None:
+    """Compare base, control (when there is one) and adapter on held-out rows; print the table and write the report.
+
+    Args:
+        settings: of the run; `eval` says what is measured, `data.kind` decides the task.
+        adapter: directory or Hub id of the adapter, with its lrsa_config.json; the control lies in its `control/`.
+        rows: `Corpus.evaluation`.
+        out: where results.json, report.md and the picture go; beside the adapter when not given.
+
+    Returns:
+        the results, or None when there are no rows to evaluate on.
+
+    Raises:
+        SettingsError: when there is no adapter, or it does not fit the base model.
+    """
+    if not rows:
+        console.print("no evaluation: data.eval_rows is 0, or no rows were left to hold out")
+        return None
+    lrsa, models = load_variants(settings, adapter)
+    results = compare(
+        models,
+        tokenizer,
+        rows[: settings.eval.rows],
+        TASKS[settings.data.kind],
+        lrsa,
+        settings.eval.keep_ratios,
+        batch_size=settings.eval.batch_size,
+        max_new_tokens=settings.eval.max_new_tokens,
+        seed=settings.train["seed"],
+        progress=not settings.train.get("disable_tqdm"),
+    )
+    out = Path(adapter) if out is None else out
+    results.save(out)
+    results.print(console)
+    console.print(f"report: {out / 'report.md'}")
+    return results
+
+
+def load_variants(settings: RunSettings, adapter: str | Path) -> tuple[LRSAConfig, dict[str, Variant]]:
+    """The adapter's compression, and base, control and adapter as variants of one model: weights are loaded once."""
+    control = Path(adapter) / "control"
+    on_gpu = torch.cuda.is_available() and not settings.train["use_cpu"]
+    base = load_model(settings.model).to("cuda" if on_gpu else "cpu")
+    try:
+        lrsa = LRSAConfig.from_pretrained(adapter)
+        model = PeftModel.from_pretrained(base, str(adapter), adapter_name=TUNED)
+        models = {BASE: Variant(model, None)}
+        if (control / ADAPTER_NAME).is_file():
+            model.load_adapter(str(control), adapter_name=CONTROL)
+            models[CONTROL] = Variant(model, CONTROL)
+    except (OSError, ValueError, RuntimeError) as error:
+        text = f"cannot be loaded as an adapter of {settings.model.name_or_path}: {error}"
+        raise SettingsError([Problem("", str(adapter), text)]) from error
+    model.eval()
+    return lrsa, models | {TUNED: Variant(model, TUNED)}

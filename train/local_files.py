@@ -1,0 +1,59 @@
+"""Finds the files and directories that a configuration names, and reports those that are not there."""
+
+from __future__ import annotations
+
+import json
+
+from train.sources import Source, find_file, shown
+
+Found = list[tuple[tuple, str]]
+
+
+def with_data_files(source: Source, values: dict) -> dict:
+    """`data` with local files found from here, from the configuration's folder or from the repository.
+
+    A path that is not found stays as it is: it may name a data set on the Hub, which only loading can tell.
+    """
+    result = dict(values)
+    for name in ("path", "eval_path"):
+        if isinstance(values.get(name), str) and (path := find_file(values[name], source.file)):
+            result[name] = str(path)
+    return result
+
+
+def with_model_files(source: Source, values: dict) -> tuple[dict, Found]:
+    """`model` with local paths made absolute; a name that can be no Hub id must be a directory."""
+    result, problems = dict(values), []
+    name, template = values.get("name_or_path"), values.get("chat_template")
+    if isinstance(name, str) and name:
+        path = find_file(name, source.file)
+        if path is not None and path.is_dir():
+            result["name_or_path"] = str(path)
+            if not (path / "config.json").is_file():
+                problems.append((("model", "name_or_path"), f"{shown(path)} holds no config.json, so it is no model"))
+        elif path is not None or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            problems.append((("model", "name_or_path"), f"no such model directory: {name}"))
+    if isinstance(template, str) and template != "none":
+        path = find_file(template, source.file)
+        if path is None or not path.is_file():
+            problems.append((("model", "chat_template"), f"no such file: {template}"))
+        else:
+            result["chat_template"] = str(path)
+    return result, problems
+
+
+def check_deepspeed(source: Source, train: dict) -> Found:
+    """Makes the path of the DeepSpeed file in `train` absolute, and reads it once so that a broken one shows here."""
+    name = train.get("deepspeed")
+    if not isinstance(name, str):
+        return []
+    path = find_file(name, source.file)
+    if path is None or not path.is_file():
+        looked = f"looked here, in {shown(source.file.parent)} and in the repository"
+        return [(("train", "deepspeed"), f"no such DeepSpeed file: {name} ({looked})")]
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [(("train", "deepspeed"), f"{shown(path)} is not valid JSON: {error}")]
+    train["deepspeed"] = str(path)
+    return []

@@ -1,0 +1,149 @@
+"""One run from settings to report, top to bottom: data, model, LRSA, LoRA, training, adapter, evaluation."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pyarrow.compute
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
+
+import data
+from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
+from train import environment
+from train.adapter import verify_adapter
+from train.banner import print_banner
+from train.defaults import with_defaults
+from train.evaluation import evaluate_run
+from train.model import load_model, load_tokenizer, lora_config
+from train.problems import Problem, SettingsError
+from train.run_directory import CONFIG_NAME, check_run_directory, clear_run_directory
+from train.settings import RunSettings
+from train.trainer import LRSATrainer
+
+
+def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train an adapter as the settings say, evaluate it and return the run's directory.
+
+    Args:
+        settings: from `load_settings`.
+        resume: continue from the newest checkpoint in the directory, or start when there is none.
+        overwrite: delete an earlier run's results in the directory first.
+
+    Raises:
+        SettingsError, data.DataError, AdapterError: with a message for the person who started the run.
+    """
+    settings = with_defaults(settings)
+    directory = Path(settings.train["output_dir"])
+    check_run_directory(settings, resume, overwrite)
+    environment.start(settings.train)
+    main = environment.rank() == 0
+    console = Console(quiet=not main)
+    args = sft_config(settings, directory)
+
+    tokenizer = load_tokenizer(settings.model)
+    corpus = data.load(settings.data, tokenizer, args.seed, settings.lrsa.dense_length)
+    if main:
+        if overwrite:
+            clear_run_directory(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_NAME).write_text(settings.to_yaml(), encoding="utf-8")
+        corpus.report.save(directory)
+        corpus.report.print(console)
+
+    train_adapter(settings, args, corpus, tokenizer, settings.lrsa, console, resume)
+    if settings.eval.control:
+        control_args = sft_config(settings, directory / "control")
+        train_adapter(settings, control_args, corpus, tokenizer, None, console, resume)
+
+    environment.stop()
+    if main and settings.eval.enabled:
+        evaluate_run(settings, directory, tokenizer, corpus.evaluation, console)
+    return directory
+
+
+def sft_config(settings: RunSettings, output_dir: Path) -> SFTConfig:
+    """TRL's own configuration from the `train` section.
+
+    Raises:
+        SettingsError: with what TRL or transformers object to.
+    """
+    values = settings.train | {"output_dir": str(output_dir), "completion_only_loss": True}
+    try:
+        return SFTConfig(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise SettingsError([Problem("", "train", f"refused by TRL's SFTConfig: {error}")]) from error
+
+
+def train_adapter(
+    settings: RunSettings,
+    args: SFTConfig,
+    corpus: data.Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    lrsa: LRSAConfig | None,
+    console: Console,
+    resume: bool,
+) -> None:
+    """Train one adapter of the base model, under LRSA or dense, and leave it verified in `args.output_dir`."""
+    model = load_model(settings.model)
+    model = remove_lrsa(model) if lrsa is None else _with_lrsa(model, lrsa)
+    trainer = LRSATrainer(
+        model=model,
+        args=args,
+        train_dataset=corpus.train,
+        eval_dataset=None if args.eval_strategy == "no" else _loss_rows(corpus.evaluation),
+        processing_class=tokenizer,
+        peft_config=lora_config(settings.lora),
+        lrsa=lrsa,
+    )
+    lost = _tokens(corpus.train) - _tokens(trainer.train_dataset)
+    assert lost == 0, f"TRL dropped {lost} tokens of rows that were ready"
+    print_banner(console, settings, trainer, corpus.report)
+    try:
+        trainer.train(resume_from_checkpoint=_checkpoint(args, resume))
+    except torch.OutOfMemoryError as error:
+        text = (
+            "out of memory. Lower train.per_device_train_batch_size (and raise gradient_accumulation_steps), set "
+            f"train.activation_checkpointing: true, or lower data.context_length. {str(error).splitlines()[0]}"
+        )
+        raise SettingsError([Problem("", "", text)]) from error
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        verify_adapter(args.output_dir)
+    trainer.accelerator.free_memory()
+    del trainer, model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _with_lrsa(model, lrsa: LRSAConfig):
+    try:
+        return apply_lrsa(model, lrsa)
+    except ValueError as error:
+        raise SettingsError([Problem("", "lrsa", str(error))]) from error
+
+
+def _loss_rows(evaluation: list[dict]) -> Dataset:
+    """Evaluation rows as TRL takes them, for `train.eval_strategy`."""
+    rows = [(row["input_ids"], row.get("prompt_length", 0)) for row in evaluation]
+    masks = [[0] * prompt + [1] * (len(ids) - prompt) for ids, prompt in rows]
+    return Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "completion_mask": masks})
+
+
+def _tokens(rows: Dataset) -> int:
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
+    return sum(pyarrow.compute.sum(pyarrow.compute.list_value_length(batch["input_ids"])).as_py() for batch in batches)
+
+
+def _checkpoint(args: SFTConfig, resume: bool) -> str | None:
+    """Where to continue: the checkpoint that `train.resume_from_checkpoint` names, or the newest one."""
+    if resume and Path(args.output_dir).is_dir():
+        return get_last_checkpoint(args.output_dir)
+    return args.resume_from_checkpoint

@@ -1,0 +1,55 @@
+"""The sections of a run that belong to `train/`: base model, LoRA and evaluation. `lrsa` and `data` bring their own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ModelSettings(BaseModel):
+    """Which base model is tuned, and how it is loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    name_or_path: str = Field(min_length=1, description="directory or Hub id of a causal language model")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the frozen weights; auto follows train.bf16 / train.fp16, else float32"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that the model's repository brings")
+    chat_template: str | None = Field(
+        None, description="Jinja file that replaces the tokenizer's chat template, or none for plain text"
+    )
+
+
+class LoraSettings(BaseModel):
+    """The adapter, under PEFT's own names. No `bias`: a trained bias stays when the adapter is switched off, so the
+    base model could not be measured beside its adapter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    r: int = Field(16, ge=1, description="rank of the adapter")
+    lora_alpha: float = Field(32, gt=0, description="the adapter's output is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter, in training only")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="all-linear (every linear layer except the head), or names such as [q_proj, v_proj]"
+    )
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
+
+
+class EvalSettings(BaseModel):
+    """What is measured after training, on the rows that `data` held out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = Field(True, description="evaluate after training")
+    keep_ratios: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [0.5, 0.25, 0.125], description="shares of a window to keep; the full cache and the trained ratio always count"
+    )
+    rows: int | None = Field(None, ge=1, description="at most so many held-out rows; all of them when not set")
+    batch_size: int = Field(8, ge=1, description="rows evaluated at a time")
+    max_new_tokens: int | None = Field(None, ge=1, description="longest answer; the task decides when not set")
+    control: bool = Field(
+        False, description="also train a dense LoRA with the same data, seed and steps, and evaluate it beside"
+    )

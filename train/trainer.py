@@ -1,0 +1,83 @@
+"""TRL's SFTTrainer with three additions: the kept fraction in the log, lrsa_config.json at every save, a log file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from lrsa import LRSAConfig
+
+
+class LRSATrainer(SFTTrainer):
+    """Trains one adapter.
+
+    Args:
+        lrsa: the compression that the model was given with `apply_lrsa`, or None for a dense control.
+        other arguments: those of `SFTTrainer`.
+    """
+
+    def __init__(self, *args, lrsa: LRSAConfig | None, **kwargs):
+        self.lrsa = lrsa
+        self._kept_and_seen = [0.0, 0.0]
+        super().__init__(*args, **kwargs)
+        self.add_callback(LogFile())
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.model.training:
+            self._count_kept(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _count_kept(self, inputs: dict) -> None:
+        """Add up, over all processes, what a cache would hold of this batch's documents and how long they are."""
+        packed = "attention_mask" not in inputs
+        lengths = inputs["cu_seq_lens_q"].diff() if packed else inputs["attention_mask"].sum(dim=1)
+        layers = self.model.config.get_text_config().num_hidden_layers
+        kept = kept_tokens(lengths.tolist(), self.lrsa, layers)
+        totals = torch.tensor([kept, lengths.sum()], dtype=torch.float64, device=lengths.device)
+        for index, total in enumerate(self.accelerator.reduce(totals, reduction="sum").tolist()):
+            self._kept_and_seen[index] += total
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        kept, seen = self._kept_and_seen
+        if seen and "loss" in logs:
+            logs["kept_fraction"] = round(kept / seen, 4)
+            self._kept_and_seen = [0.0, 0.0]
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.lrsa is not None:
+            self.lrsa.save_pretrained(output_dir or self.args.output_dir)
+
+
+def kept_tokens(lengths: list[int], lrsa: LRSAConfig | None, layers: int) -> float:
+    """Tokens that a cache holds of rows of these lengths once they are read, as a mean over the layers."""
+    if lrsa is None:
+        return float(sum(lengths))
+    dense = len([layer for layer in lrsa.skip_layers if layer < layers]) / layers
+    return sum(dense * length + (1 - dense) * lrsa.kept_length(length) for length in lengths)
+
+
+class LogFile(TrainerCallback):
+    """Appends every logged step to `log.jsonl` in the run directory, as it happens."""
+
+    def __init__(self):
+        self.started = time.monotonic()
+
+    def on_train_begin(self, args: SFTConfig, state, control, **kwargs) -> None:
+        """Keep of an earlier log only what came before the checkpoint that is continued."""
+        path = Path(args.output_dir) / "log.jsonl"
+        if state.is_world_process_zero and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(x for x in lines if json.loads(x)["step"] <= state.global_step), encoding="utf-8")
+
+    def on_log(self, args: SFTConfig, state, control, logs: dict | None = None, **kwargs) -> None:
+        if state.is_world_process_zero and logs:
+            line = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 2)} | logs
+            with open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
