@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lrsa.attention import rectangles
 from lrsa.attention.api import lrsa_attention
+from lrsa.attention.documents import find_documents
 from lrsa.config import LRSAConfig
 from lrsa.selection import select_tokens
 
@@ -119,6 +120,9 @@ class LRSALayer(CacheLayerMixin):
         self.columns += tokens
         new = [tokens] * len(self.seen) if attention_mask is None else attention_mask.bool().sum(1).tolist()
         if not any(self.seen):
+            documents = find_documents(attention_mask, position_ids, (len(new), tokens))
+            if sum(len(new) if group.whole else len(group.index) for group in documents) > len(new):
+                raise ValueError("an LRSACache row holds one document, got packed rows: give each a row of its own.")
             out = lrsa_attention(
                 query, key, value, self.config, scale=scale, position_ids=position_ids, attention_mask=attention_mask
             )
