@@ -1,0 +1,129 @@
+"""Long contexts for questions: gold passages at random depths among other passages, each tokenized once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from data.progress import progress
+from data.prompt import continued_ids, token_ids, turn_of
+from data.questions import Question
+from data.rows import Row
+
+TOO_LONG = "gold passage, question and answer are longer than context_length"
+_MISSES = 32  # passages that did not fit before a row counts as full
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class QuestionRow(Row):
+    """A row and what it was made of: the question, and its passages in order."""
+
+    question: Question
+    passages: tuple[int, ...]
+
+
+class Pieces(NamedTuple):
+    """Token ids of what every row of a question holds besides passages, and the tokens left for distractors."""
+
+    head: np.ndarray
+    tail: np.ndarray
+    answer: np.ndarray
+    room: int
+
+
+class LongContexts:
+    """Makes rows of at most `context_length` tokens from questions and numbered passages.
+
+    The prompt is `template` with the passages as `{context}`, inside the tokenizer's chat template if it has one. The
+    blank that follows `{context}` in the template also separates passages, and a passage has the token ids that it gets
+    after this blank.
+    """
+
+    def __init__(self, tokenizer, template: str, passages: Sequence[str], context_length: int):
+        self.tokenizer, self.passages, self.context_length = tokenizer, passages, context_length
+        self.turn = turn_of(tokenizer)
+        head, after_context = template.split("{context}")
+        tail = after_context.lstrip()
+        self.separator = after_context[: len(after_context) - len(tail)]
+        self.head, self.tail = self.turn.before + head, tail + self.turn.between
+        self.ids: dict[int, np.ndarray] = {}
+
+    def tokenize(self, numbers: Iterable[int]) -> None:
+        """Make the token ids of these passages, as far as they are not there yet."""
+        new = sorted(set(numbers) - self.ids.keys())
+        batches = [new[start : start + _BATCH] for start in range(0, len(new), _BATCH)]
+        for batch in progress(batches, "tokenizing passages"):
+            texts = [self.passages[number] + self.separator for number in batch]
+            _, ids = continued_ids(self.tokenizer, [self.separator] * len(batch), texts)
+            self.ids.update(zip(batch, ids, strict=True))
+
+    def pieces(self, questions: Sequence[Question]) -> list[Pieces]:
+        """The pieces of each question; where `room` is negative, the question does not fit."""
+        self.tokenize(number for question in questions for number in question.gold)
+        heads, tails = zip(*(self._around(question) for question in questions), strict=True)
+        distinct = list(dict.fromkeys(heads))
+        head_ids = dict(zip(distinct, token_ids(self.tokenizer, distinct), strict=True))
+        _, tail_ids = continued_ids(self.tokenizer, [self.separator] * len(tails), tails)
+        answers = [self.turn.lead + question.answers[0] + self.turn.after for question in questions]
+        _, answer_ids = continued_ids(self.tokenizer, tails, answers)
+        found = []
+        for question, head, tail, answer in zip(questions, heads, tail_ids, answer_ids, strict=True):
+            needed = len(head_ids[head]) + len(tail) + len(answer) + sum(len(self.ids[n]) for n in question.gold)
+            found.append(Pieces(head_ids[head], tail, answer, self.context_length - needed))
+        return found
+
+    def rows(
+        self, questions: Sequence[Question], pool: np.ndarray, rng: np.random.Generator, dropped: Counter
+    ) -> list[QuestionRow]:
+        """One row per question, filled with distractors; the answer is never cut.
+
+        A question's own distractors come first, then passages of `pool` (their numbers) in random order, each at most
+        once, as long as they fit whole. Then all passages of the row are shuffled.
+
+        Args:
+            dropped: counts the questions that do not fit even without distractors.
+        """
+        self.tokenize([*pool.tolist(), *(number for question in questions for number in question.own)])
+        batches = [questions[start : start + _BATCH] for start in range(0, len(questions), _BATCH)]
+        entries = (entry for batch in batches for entry in zip(batch, self.pieces(batch), strict=True))
+        found = []
+        for question, pieces in progress(entries, "building rows", total=len(questions)):
+            if pieces.room < 0:
+                dropped[TOO_LONG] += 1
+                continue
+            order = [*question.gold, *self._distractors(question, pool, pieces.room, rng)]
+            rng.shuffle(order)
+            ids = np.concatenate([pieces.head, *(self.ids[number] for number in order), pieces.tail, pieces.answer])
+            assert len(ids) <= self.context_length
+            found.append(QuestionRow(ids, len(ids) - len(pieces.answer), question, tuple(order)))
+        return found
+
+    def text(self, row: QuestionRow) -> str:
+        """The prompt of a row as text: what the row's prompt ids are made of, BOS or chat markup included."""
+        head, tail = self._around(row.question)
+        return head + "".join(self.passages[number] + self.separator for number in row.passages) + tail
+
+    def _around(self, question: Question) -> tuple[str, str]:
+        return self.head.replace("{question}", question.text), self.tail.replace("{question}", question.text)
+
+    def _distractors(self, question: Question, pool: np.ndarray, room: int, rng: np.random.Generator) -> list[int]:
+        """Passages that fill `room` tokens as far as whole passages can."""
+        chosen, misses, seen = [], 0, set(question.gold)
+        for number in rng.permutation(question.own).tolist() + rng.permutation(pool).tolist():
+            length = len(self.ids[number])
+            if number in seen:
+                continue
+            if length <= room:
+                chosen.append(number)
+                seen.add(number)
+                room -= length
+            else:
+                misses += 1
+                if misses == _MISSES:
+                    break
+        return chosen

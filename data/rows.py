@@ -1,0 +1,69 @@
+"""A row of tokens, all rows of a run, and the table that the trainer reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+EVALUATED = "evaluation rows have its passage or document"
+NOT_CHOSEN = "more than data.max_rows"
+EVALUATION_NOT_CHOSEN = "more than data.eval_rows"
+NOT_TRAINED = -100
+_BLOCK = 256  # rows per piece of the table, far below the 2**31 tokens that 32-bit offsets can count
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of a whole row (int32), of which the first `prompt_length` are not trained."""
+
+    input_ids: np.ndarray
+    prompt_length: int
+
+
+@dataclass
+class Rows:
+    """What a kind of data makes of its settings: rows to train on, rows to evaluate on, and what was left out."""
+
+    source: str
+    train: Sequence[Row] = ()
+    evaluation: list[dict] = field(default_factory=list)
+    dropped: Counter = field(default_factory=Counter)
+    evaluation_dropped: Counter = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+
+def to_dataset(rows: Sequence[Row]) -> datasets.Dataset:
+    """Columns `input_ids` and `labels` (-100 where a token is not trained; both int32), one entry per row, in memory.
+
+    With `labels` in place the trainer has nothing left to prepare, and no setting of it decides what is trained.
+    """
+    blocks = [_block(rows[start : start + _BLOCK]) for start in range(0, len(rows), _BLOCK)]
+    digest = hashlib.blake2b(digest_size=8)  # of its own accord datasets pickles the whole table to name it
+    for row in rows:
+        digest.update(row.input_ids)
+        digest.update(str(row.prompt_length).encode())
+    return datasets.Dataset(pa.concat_tables(blocks), fingerprint=digest.hexdigest())
+
+
+def _block(rows: Sequence[Row]) -> pa.Table:
+    lengths = np.asarray([len(row.input_ids) for row in rows])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    input_ids = np.concatenate([row.input_ids for row in rows])
+    labels = input_ids.copy()
+    for row, offset in zip(rows, offsets[:-1], strict=True):
+        labels[offset : offset + row.prompt_length] = NOT_TRAINED
+    columns = {"input_ids": input_ids, "labels": labels}
+    return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+
+
+def chosen(count: int, most: int | None, rng: np.random.Generator) -> list[int]:
+    """Numbers of at most `most` of `count` things, a random choice in their own order."""
+    if most is None or most >= count:
+        return list(range(count))
+    return sorted(rng.choice(count, most, replace=False).tolist())

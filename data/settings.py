@@ -1,0 +1,122 @@
+"""What a run may say about its data: the `data` section of a YAML file, checked by pydantic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+DEFAULT_TEMPLATE = (
+    "Read the passages and answer the question with a few words from them.\n\n"
+    "{context}\n\n"
+    "Question: {question}\nAnswer:"
+)
+COLUMNS = ("question", "context", "answers", "text")
+
+
+class SyntheticSettings(BaseModel):
+    """The `data.synthetic` section: which retrieval task is generated, and how hard it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    task: Literal["key_value", "passkey"] = Field(
+        "key_value", description="key_value: several facts, one is asked for; passkey: a single one."
+    )
+    keys: int = Field(4, ge=1, description="Facts in a key_value row, at random depths; passkey rows hold one.")
+    digits: int = Field(3, ge=1, description="Digits of each answer; a digit is one token.")
+    rows: int = Field(4000, ge=1, description="Training rows that are generated (evaluation rows come on top).")
+
+
+class DataSettings(BaseModel):
+    """The `data` section: where the rows come from, how long they get, and what is held out for evaluation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    kind: Literal["qa", "text", "synthetic"] = Field(
+        description="qa: question answering over long contexts; text: plain language modelling; "
+        "synthetic: generated retrieval."
+    )
+    path: str | None = Field(
+        None,
+        validate_default=True,
+        description="A local .json, .jsonl, .txt or .md file, a local directory of texts or of a data set, or the name "
+        "of a data set on the Hugging Face Hub. Not used by synthetic.",
+    )
+    name: str | None = Field(None, description="Configuration (subset) of a Hub data set, for example distractor.")
+    split: str = Field("train", description="Split of a Hub data set that is trained on.")
+    eval_path: str | None = Field(
+        None, description="File or data set to evaluate on, instead of rows held out of path."
+    )
+    eval_split: str | None = Field(None, description="Split of eval_path (or of path) to evaluate on.")
+    eval_rows: int = Field(
+        200,
+        ge=0,
+        description="Rows to evaluate on, at most. Without eval_path and eval_split they are held out of the training "
+        "data, whole passages or documents at a time. 0: no evaluation rows.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our column name -> the file's, for question, context, answers (qa) and text (text).",
+    )
+    format: Literal["auto", "squad", "hotpotqa", "generic"] = Field(
+        "auto", description="Layout of qa data; auto looks at the first record."
+    )
+    context_length: int = Field(
+        4096, ge=8, description="Most tokens a row may have: prompt, answer and end-of-text token together."
+    )
+    max_rows: int | None = Field(None, ge=1, description="Train on a random choice of this many rows. null: on all.")
+    prompt_template: str = Field(
+        DEFAULT_TEMPLATE,
+        description="Prompt of qa rows, with {context} and {question} once each. The blank line after {context} also "
+        "stands between passages. A chat template, where the tokenizer has one, goes around it.",
+    )
+    join_documents: bool = Field(
+        False,
+        description="text: false splits each document on its own, so no row mixes documents; true joins short "
+        "documents to rows of context_length, in which a token may attend to the document before its own.",
+    )
+    synthetic: SyntheticSettings = Field(default_factory=SyntheticSettings, description="Settings of kind synthetic.")
+
+    @field_validator("path")
+    @classmethod
+    def _path_fits_kind(cls, path: str | None, info: ValidationInfo) -> str | None:
+        kind = info.data.get("kind")
+        if kind == "synthetic" and path is not None:
+            raise ValueError(
+                f"kind synthetic generates its rows and reads no path, got {path!r}: remove path or change kind"
+            )
+        if kind in ("qa", "text") and not path:
+            raise ValueError(f"kind {kind} needs path: a local file, or the name of a data set on the Hugging Face Hub")
+        return path
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
+        unknown = [name for name in columns if name not in COLUMNS]
+        if unknown:
+            raise ValueError(
+                f"unknown column {', '.join(unknown)}: the left side is our name ({', '.join(COLUMNS)}), "
+                "the right side the file's"
+            )
+        return columns
+
+    @field_validator("prompt_template", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, template: object) -> object:
+        return DEFAULT_TEMPLATE if template is None else template
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _template_can_be_filled(cls, template: str) -> str:
+        for slot in ("{context}", "{question}"):
+            if template.count(slot) != 1:
+                raise ValueError(f"must hold {slot} exactly once, found {template.count(slot)} times in {template!r}")
+        if template != template.strip():
+            raise ValueError("must not begin or end with blanks or newlines: the answer follows after one blank")
+        after_context = template.split("{context}")[1]
+        if not after_context or not after_context[0].isspace():
+            raise ValueError(
+                "needs a blank line after {context} (it also stands between passages), "
+                f"got {after_context[:20]!r}: put the question after it, or a line such as 'Answer:'"
+            )
+        return template
