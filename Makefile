@@ -1,0 +1,38 @@
+# Everything here does its own set-up: an environment in .venv, made once and again when pyproject.toml changes.
+#   make quickstart TORCH="torch==2.13.0"    any pip specification of torch; the default is the newest build
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+INSTALLED = $(VENV)/.installed
+
+.PHONY: help quickstart test test-slow lint bench clean
+
+help:  ## Show what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install "$(TORCH)"
+	$(RUN) -m pip install --editable ".[dev]"
+	touch $@
+
+quickstart: $(INSTALLED)  ## The main job on the embedded tiny model: tune, evaluate, report; minutes on a CPU
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed launch/train.py --config quickstart.yaml
+
+test: $(INSTALLED)  ## All tests but the slow ones
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)  ## The slow tests
+	$(RUN) -m pytest -m slow
+
+lint: $(INSTALLED)  ## Style and unused code
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(INSTALLED)  ## Time and memory of the attention against dense, side by side
+	$(RUN) benchmarks/attention.py --out runs/benchmarks
+
+clean:  ## Remove the environment
+	rm -rf $(VENV)

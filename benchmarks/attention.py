@@ -1,0 +1,263 @@
+"""Time and memory of LRSA attention against the best dense kernel of this machine, side by side in one process.
+
+    python benchmarks/attention.py --out runs/benchmarks                        # CPU: 1k to 16k, minutes
+    python benchmarks/attention.py --out OUT --device cuda --dtype bfloat16 --heads 28/4 --head-dim 128 \
+        --lengths 8192 16384 32768 65536 131072 --settings 512:128              # one GPU; needs torch only
+
+Every round runs all candidates one after the other, so that whatever else the machine does hits all of them; ratios are
+taken within a round, and the median and the spread (lowest and highest) of the rounds are reported. The bound is the
+number of query-key pairs of dense causal attention over that of LRSA. "Share" is the measured ratio over the bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lrsa import LRSAConfig, lrsa_attention, select_tokens
+from lrsa.attention.api import IMPLEMENTATIONS
+
+
+def pairs(length: int, config: LRSAConfig) -> int:
+    """Query-key pairs of one head under LRSA."""
+    sink, lag = min(config.sink_size, length), config.lag_size
+    total = sink * (sink + 1) // 2
+    for window, start in enumerate(range(sink, length, lag)):
+        rows = min(lag, length - start)
+        before = sink + config.top_k * max(window - 1, 0) + lag * (window > 0)
+        total += rows * before + rows * (rows + 1) // 2
+    return total
+
+
+def dense_kernels(device: str) -> dict:
+    """Dense causal attention by every kernel worth comparing on this device."""
+
+    def using(backend):
+        def run(query, key, value):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+        return run
+
+    if device == "cpu":
+        return {"dense sdpa": using(SDPBackend.FLASH_ATTENTION)}
+    return {"dense cudnn": using(SDPBackend.CUDNN_ATTENTION), "dense flash": using(SDPBackend.FLASH_ATTENTION)}
+
+
+def candidates(device: str, config: LRSAConfig) -> dict:
+    found = dict(dense_kernels(device))
+    for impl in IMPLEMENTATIONS:
+        if impl != "reference":
+            found[impl] = lambda q, k, v, impl=impl: lrsa_attention(q, k, v, config, impl=impl)
+    return found
+
+
+def measure(run, states, grad, backward: bool) -> float:
+    """Seconds of one call."""
+    _wait(states[0])
+    start = time.perf_counter()
+    out = run(*states)
+    if backward:
+        torch.autograd.grad(out, states, grad)
+    _wait(states[0])
+    return time.perf_counter() - start
+
+
+def _wait(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def peak_bytes(run, states, grad) -> int:
+    """Largest sum of allocations that are live at once during forward and backward, inputs not counted."""
+    if states[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        measure(run, states, grad, True)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        measure(run, states, grad, True)
+    live = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def kernel_used(run, states, grad) -> str:
+    """Name of the kernel that took most of the time."""
+    activity = ProfilerActivity.CUDA if states[0].is_cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as trace:
+        measure(run, states, grad, True)
+    slowest = max(trace.key_averages(), key=lambda e: getattr(e, f"self_{activity.name.lower()}_time_total", 0))
+    return slowest.key[:70]
+
+
+def run_cell(options, length: int, config: LRSAConfig) -> list[dict]:
+    """All candidates at one length and one setting."""
+    heads, kv_heads = options.heads
+    dtype = getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    shapes = ((heads, True), (kv_heads, True), (kv_heads, True), (heads, False))
+    *states, grad = (
+        torch.randn(options.batch, h, length, options.head_dim, device=options.device, dtype=dtype, requires_grad=g)
+        for h, g in shapes
+    )
+    runs = candidates(options.device, config)
+    times = {(name, backward): [] for name in runs for backward in (False, True)}
+    selection = []
+    for round_ in range(options.rounds + 1):
+        for name, run in runs.items():
+            for backward in (False, True):
+                seconds = measure(run, states, grad, backward)
+                if round_:  # the first round warms up
+                    times[name, backward].append(seconds)
+        start = time.perf_counter()
+        select_tokens(states[1].detach(), states[2].detach(), config)
+        _wait(states[0])
+        if round_:
+            selection.append(time.perf_counter() - start)
+    best = min(dense_kernels(options.device), key=lambda name: statistics.median(times[name, True]))
+    bound = length * (length + 1) / 2 / pairs(length, config)
+    rows = []
+    for name, run in runs.items():
+        row = {"length": length, "lag_size": config.lag_size, "top_k": config.top_k, "name": name, "bound": bound}
+        for backward, label in ((False, "forward"), (True, "both")):
+            ratios = sorted(d / t for d, t in zip(times[best, backward], times[name, backward], strict=True))
+            row[label] = {
+                "ms": 1e3 * statistics.median(times[name, backward]),
+                "ratio": statistics.median(ratios),
+                "lowest": ratios[0],
+                "highest": ratios[-1],
+            }
+        row["share"] = row["both"]["ratio"] / bound
+        row["selection_ms"] = 1e3 * statistics.median(selection)
+        row["peak_mib"] = peak_bytes(run, states, grad) / 2**20
+        row["kernel"] = kernel_used(run, states, grad)
+        rows.append(row)
+    return rows
+
+
+def with_slopes(rows: list[dict]) -> list[dict]:
+    """Add the log-log slope of the time from the next shorter length."""
+    for row in rows:
+        shorter = [
+            r
+            for r in rows
+            if all(r[f] == row[f] for f in ("lag_size", "top_k", "name")) and r["length"] < row["length"]
+        ]
+        if shorter:
+            last = max(shorter, key=lambda r: r["length"])
+            step = math.log(row["length"] / last["length"])
+            row["slope"] = math.log(row["both"]["ms"] / last["both"]["ms"]) / step
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    head = (
+        "| tokens | lag, top_k | what | forward ms | fwd+bwd ms | times dense (lowest-highest) | bound | share | slope "
+        "| select ms | peak MiB | kernel |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    lines = []
+    for r in rows:
+        both, slope = r["both"], f"{r['slope']:.2f}" if "slope" in r else ""
+        sparse = not r["name"].startswith("dense")
+        select = f"{r['selection_ms']:.1f}" if sparse else ""
+        lines.append(
+            f"| {r['length']} | {r['lag_size']}, {r['top_k']} | {r['name']} | {r['forward']['ms']:.1f} "
+            f"| {both['ms']:.1f} | {both['ratio']:.2f} ({both['lowest']:.2f}-{both['highest']:.2f}) "
+            + (f"| {r['bound']:.2f} | {r['share']:.0%} " if sparse else "| | ")
+            + f"| {slope} | {select} | {r['peak_mib']:.0f} | `{r['kernel']}` |"
+        )
+    return head + "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Time and peak memory against length, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    series = {}
+    for row in rows:
+        dense = row["name"].startswith("dense")
+        label = row["name"] if dense else f"{row['name']} lag {row['lag_size']}, top_k {row['top_k']}"
+        series.setdefault(label, {})[row["length"]] = (row["both"]["ms"], row["peak_mib"])
+    for label, points in series.items():
+        lengths = sorted(points)
+        for axis, part in zip(axes, (0, 1), strict=True):
+            axis.plot(lengths, [points[n][part] for n in lengths], marker="o", label=label, ls="-"
+                      if not label.startswith("dense") else "--")  # fmt: skip
+    for axis, title in zip(axes, ("forward + backward, ms", "peak memory beyond the inputs, MiB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=title)
+        axis.set_xticks(
+            sorted({r["length"] for r in rows}), [f"{r // 1024}k" for r in sorted({r["length"] for r in rows})]
+        )
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for attention.json, attention.md, attention.png"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--settings", nargs="+", default=["256:64", "128:16"], help="lag_size:top_k, several allowed")
+    parser.add_argument("--sink-size", type=int, default=16)
+    parser.add_argument("--heads", default="8/2", help="query heads / KV heads")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    options = parser.parse_args()
+    options.heads = tuple(map(int, options.heads.split("/")))
+    return options
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for setting in options.settings:
+        config = LRSAConfig(options.sink_size, *map(int, setting.split(":")))
+        for length in options.lengths:
+            rows += run_cell(options, length, config)
+            print(table(rows[-len(candidates(options.device, config)) :]).splitlines()[-1], flush=True)
+    rows = with_slopes(rows)
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor()} CPU"
+    facts = {
+        "machine": machine, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()},
+        "rows": rows,
+    }  # fmt: skip
+    (options.out / "attention.json").write_text(json.dumps(facts, indent=1))
+    (options.out / "attention.md").write_text(table(rows))
+    draw(rows, options.out / "attention.png")
+    print(f"\n{machine}, torch {torch.__version__}, {options.threads} threads, {options.dtype}, heads {options.heads}")
+    print(table(rows))
+    print(f"wrote {options.out}/attention.json, attention.md, attention.png")
+
+
+if __name__ == "__main__":
+    main()
