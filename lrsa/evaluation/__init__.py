@@ -1,9 +1,9 @@
 """Measure models with full and with compressed caches: retrieval, question answering, loss, memory."""
 
-from lrsa.evaluation.compare import compare
+from lrsa.evaluation.comparison import compare
 from lrsa.evaluation.cost import LayerCost, cache_cost, prefill_cost
 from lrsa.evaluation.generation import generate_answers
-from lrsa.evaluation.perplexity import evaluate_loss, perplexity
+from lrsa.evaluation.perplexity import evaluate_loss, perplexity_of
 from lrsa.evaluation.question_answering import evaluate_question_answering
 from lrsa.evaluation.results import Cell, Results, Setting
 from lrsa.evaluation.retrieval import evaluate_retrieval
@@ -24,6 +24,6 @@ __all__ = [
     "evaluate_retrieval",
     "generate_answers",
     "paired_difference",
-    "perplexity",
+    "perplexity_of",
     "prefill_cost",
 ]

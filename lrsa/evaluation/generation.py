@@ -77,7 +77,7 @@ def longest_answer(tokenizer, rows: Sequence[dict]) -> int:
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length, so that little is padded; the longest first, to fail early if at all."""
+    """Row numbers in batches of similar length, so that little is padded; the longest first, to fail early."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

@@ -56,7 +56,7 @@ def evaluate_loss(
     return Score.from_rows(losses, "nats per token", seed)
 
 
-def perplexity(loss: Score) -> Score:
+def perplexity_of(loss: Score) -> Score:
     """`exp` of a loss and of its interval; of a row, `exp` of its own loss (so `value` is not their mean)."""
     value, low, high = map(math.exp, (loss.value, loss.low, loss.high))
     return Score(value, low, high, loss.n, "perplexity", tuple(map(math.exp, loss.per_row)))

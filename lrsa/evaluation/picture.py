@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lrsa.evaluation.score import CONFIDENCE
+
 if TYPE_CHECKING:
     from lrsa.evaluation.results import Results
 
@@ -26,15 +28,13 @@ def draw(results: Results, path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     places = [-math.log2(setting.keep_ratio) for setting in results.settings]
-    order = len(results.models) - 1
-    for number, model in enumerate(results.models):
-        style = order - number
+    for style, model in enumerate(reversed(results.models)):
         scores = [results.score(model, setting.name) for setting in results.settings]
-        colour = COLOURS[style % len(COLOURS)]
         lows, highs = [score.low for score in scores], [score.high for score in scores]
+        colour = COLOURS[style % len(COLOURS)]
         axes.fill_between(places, lows, highs, color=colour, alpha=0.16, linewidth=0)
         axes.plot(
-            places, [score.value for score in scores], color=colour, label=model, zorder=3 + number,
+            places, [score.value for score in scores], color=colour, label=model, zorder=9 - style,
             marker=MARKERS[style % len(MARKERS)], markersize=6.5,
             linestyle=LINES[style % len(LINES)], linewidth=2.4 if style == 0 else 1.8,
         )  # fmt: skip
@@ -42,15 +42,16 @@ def draw(results: Results, path: Path) -> None:
         if setting.name == results.trained:
             axes.axvline(place, color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                "trained at", (place, 1), xycoords=("data", "axes fraction"), xytext=(-5, -6),
-                textcoords="offset points", ha="right", va="top", fontsize=10, color="#555555",
+                f"trained at {setting.name}", (place, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                textcoords="offset points", ha="center", va="bottom", fontsize=10, color="#555555",
             )  # fmt: skip
     axes.set_xticks(places, ["full cache", *(setting.name for setting in results.settings[1:])])
-    axes.set_xlabel("kept share of each window (log scale)", fontsize=12)
+    note = f"shaded: {CONFIDENCE:.0%} interval of {results.rows['n']} rows"
+    axes.set_xlabel(f"kept share of each window (log scale); {note}", fontsize=11)
     axes.set_ylabel(AXES[results.metrics[0]], fontsize=12)
-    axes.set_title(f"n = {results.rows['n']} rows; shaded: 95% interval", fontsize=11, loc="left", color="#444444")
     axes.tick_params(labelsize=11)
-    axes.grid(axis="y", color="#e4e4e4", zorder=0)
+    axes.grid(axis="y", color="#e4e4e4")
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=11, frameon=False, loc="best")
+    figure.legend(fontsize=11, frameon=False, loc="outside upper center", ncols=min(len(results.models), 4))
     figure.savefig(path, dpi=200)

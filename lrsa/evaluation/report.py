@@ -116,12 +116,11 @@ def _cost_title(results: Results) -> str:
 
 def _cost_rows(results: Results) -> list[list[str]]:
     """One line per setting and group of layers that cost the same."""
-    rows = [["cache", "layers", "kept per head", "bytes per layer", "full cache", "share"]]
+    rows = [["cache", "layers", "kept per head", "memory per layer", "full cache", "share"]]
     for setting in results.settings:
+        name = _setting_name(results, setting).removesuffix(" (trained)")
         for layers, cost in _alike(setting.cost):
-            share = f"{cost.bytes / cost.full_bytes:.1%}"
-            name = _setting_name(results, setting).removesuffix(" (trained)")
-            rows.append([name, layers, f"{cost.kept} of {cost.seen}", _size(cost.bytes), _size(cost.full_bytes), share])
+            rows.append([name, layers, f"{cost.kept} of {cost.seen}", *_sizes(cost.bytes, cost.full_bytes)])
     return rows
 
 
@@ -130,6 +129,10 @@ def _alike(cost: list[LayerCost]) -> Iterable[tuple[str, LayerCost]]:
         layers = list(group)
         first, last = layers[0].layer, layers[-1].layer
         yield (f"{first}-{last}" if first < last else f"{first}"), layers[0]
+
+
+def _sizes(used: int, full: int) -> list[str]:
+    return [_size(used), _size(full), f"{used / full:.1%}"]
 
 
 def _size(count: int) -> str:

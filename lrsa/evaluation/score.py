@@ -10,6 +10,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+DRAWS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ def paired_difference(a: Score, b: Score, seed: int = 0) -> Score:
 
 def _bootstrap_interval(per_row: np.ndarray, seed: int) -> tuple[float, float]:
     """Percentiles of the mean over rows that are drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    means = [per_row[rng.integers(len(per_row), size=len(per_row))].mean() for _ in range(RESAMPLES)]
+    rng, n = np.random.default_rng(seed), len(per_row)
+    block = max(1, DRAWS_AT_ONCE // n)
+    starts = range(0, RESAMPLES, block)
+    means = [per_row[rng.integers(n, size=(min(block, RESAMPLES - start), n))].mean(1) for start in starts]
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(means, [tail, 100 - tail])
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
     return float(low), float(high)

@@ -18,7 +18,7 @@ import lrsa
 from lrsa.config import LRSAConfig
 from lrsa.evaluation.cost import LayerCost, prefill_cost
 from lrsa.evaluation.generation import check_rows, generate_answers, longest_answer
-from lrsa.evaluation.perplexity import evaluate_loss, perplexity
+from lrsa.evaluation.perplexity import evaluate_loss, perplexity_of
 from lrsa.evaluation.question_answering import score_question_answering
 from lrsa.evaluation.results import Cell, Results, Setting
 from lrsa.evaluation.retrieval import score_retrieval
@@ -93,7 +93,7 @@ def _measure(task, model, tokenizer, rows, batch_size, max_new_tokens, progress,
     """Scores by metric, the headline first, and the generated answers."""
     if task == "loss":
         loss = evaluate_loss(model, rows, batch_size=batch_size, progress=progress, seed=seed)
-        return {"loss": loss, "perplexity": perplexity(loss)}, None
+        return {"loss": loss, "perplexity": perplexity_of(loss)}, None
     answers = generate_answers(
         model, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
     )
