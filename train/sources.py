@@ -27,11 +27,14 @@ class Source:
 
     def where(self, path: FieldPath) -> str:
         """`--set`, or `file:line` of the field or of the nearest section above it that was written."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.from_command_line:
+        above = [path[:length] for length in range(len(path), 0, -1)]
+        if any(part in self.from_command_line for part in above):
+            return "--set"
+        for part in above:
+            if part in self.lines:
+                return f"{shown(self.file)}:{self.lines[part]}"
+            if any(written[: len(part)] == part for written in self.from_command_line):
                 return "--set"
-            if path[:length] in self.lines:
-                return f"{shown(self.file)}:{self.lines[path[:length]]}"
         return shown(self.file)
 
     def order(self, problem_path: FieldPath) -> tuple[int, int]:
