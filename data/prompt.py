@@ -55,7 +55,7 @@ def token_ids(tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Token ids (int32) of each text as it stands: nothing is added around it."""
     if not texts:
         return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [np.asarray(ids, dtype=np.int32) for ids in encoded]
 
 
@@ -68,7 +68,9 @@ def continued_ids(
     stand in the middle is tokenized behind what comes before it. Where the seam falls inside a token, the text is
     tokenized alone.
     """
-    before = token_ids(tokenizer, prefixes)
+    distinct = list(dict.fromkeys(prefixes))
+    ids_of = dict(zip(distinct, token_ids(tokenizer, distinct), strict=True))
+    before = [ids_of[prefix] for prefix in prefixes]
     whole = token_ids(tokenizer, [prefix + text for prefix, text in zip(prefixes, texts, strict=True)])
     added = [
         ids[len(prefix) :] if np.array_equal(ids[: len(prefix)], prefix) else None

@@ -1,0 +1,84 @@
+import copy
+
+import numpy as np
+import pytest
+
+from data import DataError
+from data.prompt import continued_ids, token_ids, turn_of
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and thinks %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if thinks %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<h>' + m['role'] + '</h>\n\n' + (m['content'] | trim) + '<|eot|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<h>assistant</h>\n\n' }}{% endif %}"
+)
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "template, lead, after",
+    [
+        (CHATML, "", "<|im_end|>"),
+        (CHATML.replace("thinks", "true"), "", "<|im_end|>"),
+        (INST, " ", "</s>"),
+        (HEADERS, "", "<|eot|>"),
+    ],
+    ids=["chatml", "empty thinking", "inst", "headers"],
+)
+def test_a_prompt_is_what_the_chat_template_makes_for_generation(template, lead, after, byte_tokenizer):
+    tokenizer = with_template(byte_tokenizer, template)
+    turn = turn_of(tokenizer)
+    messages = [{"role": "user", "content": "Who found it?"}]
+    asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert turn.before + "Who found it?" + turn.between == asked
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "Anna"}], tokenize=False)
+    assert (asked + turn.lead + "Anna" + turn.after) == whole.rstrip()
+    assert (turn.lead, turn.after) == (lead, after)
+
+
+def test_without_a_template_bos_and_eos_stand_around(byte_tokenizer):
+    turn = turn_of(byte_tokenizer)
+    assert (turn.before, turn.between, turn.lead, turn.after) == ("<s>", "", " ", "</s>")
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "hello", "{{ messages[0]['content'] | lower }}"])
+def test_a_template_that_cannot_be_used_is_an_error(template, byte_tokenizer):
+    with pytest.raises(DataError, match="chat template"):
+        turn_of(with_template(byte_tokenizer, template))
+
+
+@pytest.mark.parametrize("which", ["byte_tokenizer", "blank_tokenizer"])
+def test_pieces_join_to_the_tokens_of_the_whole(which, request):
+    tokenizer = request.getfixturevalue(which)
+    pieces = ["<s>Read the passages.\n\n", "The fox jumps.\n\n", "Anna found the river.\n\n", "Question: who?\nAnswer:"]
+    head = token_ids(tokenizer, pieces[:1])
+    _, rest = continued_ids(tokenizer, ["\n\n"] * 3, pieces[1:])
+    _, [answer] = continued_ids(tokenizer, pieces[-1:], [" Anna</s>"])
+    [whole] = token_ids(tokenizer, ["".join(pieces) + " Anna</s>"])
+    assert np.array_equal(np.concatenate([*head, *rest, answer]), whole)
+
+
+def test_pieces_tokenized_alone_would_not_join(blank_tokenizer):
+    alone = token_ids(blank_tokenizer, ["one.\n\n", "The fox"])
+    [whole] = token_ids(blank_tokenizer, ["one.\n\nThe fox"])
+    assert not np.array_equal(np.concatenate(alone), whole)
+
+
+def test_a_seam_inside_a_token_leaves_both_sides_whole(byte_tokenizer):
+    [prefix], [added] = continued_ids(byte_tokenizer, ["The f"], ["ox jumps"])
+    assert byte_tokenizer.decode(prefix) == "The f" and byte_tokenizer.decode(added) == "ox jumps"
+    assert len(token_ids(byte_tokenizer, ["The fox jumps"])[0]) < len(prefix) + len(added)

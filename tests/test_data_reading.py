@@ -1,0 +1,112 @@
+import json
+
+import datasets
+import huggingface_hub
+import pytest
+
+from data import DataError, DataSettings
+from data.reading import column, read_evaluation_records, read_records
+
+RECORDS = [{"text": "one"}, {"text": "two\u2028still two"}]
+
+
+def test_json_layouts_give_the_same_records(tmp_path):
+    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS)
+    contents = {
+        "list.json": json.dumps(RECORDS),
+        "data.json": json.dumps({"version": "1.1", "data": RECORDS}),
+        "lines.json": lines,
+        "lines.jsonl": lines + "\n\n",
+        "bom.jsonl": "\ufeff" + lines.replace("\n", "\r\n"),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode())
+        assert read_records(str(tmp_path / name)) == RECORDS, name
+
+
+def test_a_text_file_is_one_document_without_bom_and_carriage_returns(tmp_path):
+    (tmp_path / "book.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode())
+    assert read_records(str(tmp_path / "book.txt")) == [{"text": "one\ntwo\n"}]
+
+
+def test_a_directory_of_texts_has_one_document_per_file(tmp_path):
+    for name in ("b.txt", "a.md"):
+        (tmp_path / name).write_text(f"{name}\nsecond line")
+    assert [record["text"][:4] for record in read_records(str(tmp_path))] == ["a.md", "b.tx"]
+
+
+def test_a_data_set_directory_goes_through_load_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / f"set/{split}.jsonl").write_text(json.dumps({"text": split}))
+    assert read_records(str(tmp_path / "set"), split="validation") == [{"text": "validation"}]
+    with pytest.raises(DataError, match=r"split test.*cannot be loaded.*Unknown split"):
+        read_records(str(tmp_path / "set"), split="test")
+
+
+@pytest.mark.parametrize("path", ["missing.json", "./missing", "~/missing/set"])
+def test_a_missing_file_says_where_it_was_looked_for(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no such file; looked for /") as caught:
+        read_records(path)
+    assert "missing" in str(caught.value)
+
+
+def test_a_name_that_is_neither_file_nor_reachable_says_what_was_tried(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError) as caught:
+        read_records("someone/questions", "hard")
+    for part in ("someone/questions (name hard, split train)", str(tmp_path / "someone"), "datasets.load_dataset says"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, part",
+    [
+        ("a.json", "", "no record"),
+        ("a.json", "[]", "no record"),
+        ("a.jsonl", "\n", "no record"),
+        ("a.json", '{"rows": [1]}', "must hold a list"),
+        ("a.json", "[1, 2]", "must be JSON objects"),
+        ("a.json", '[{"text": "one"},\n{"text" "two"}]', "a.json:2: not valid JSON"),
+        ("a.jsonl", '{"text": "one"}\n{"text": ', "a.jsonl:2: not valid JSON"),
+        ("a.csv", "text\none", "unknown kind of file"),
+    ],
+)
+def test_unusable_files_say_why(name, content, part, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=part):
+        read_records(str(tmp_path / name))
+
+
+def test_a_file_that_is_not_utf8_says_so(tmp_path):
+    (tmp_path / "a.txt").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_records(str(tmp_path / "a.txt"))
+
+
+def test_columns_are_found_by_our_name_or_the_mapped_one():
+    assert column([{"answers": 1}], "answers", {}, "f") == "answers"
+    assert column([{"answer": 1}], "answers", {}, "f") == "answer"
+    assert column([{"reply": 1, "answer": 1}], "answers", {"answers": "reply"}, "f") == "reply"
+
+
+def test_a_missing_column_names_those_that_exist_and_the_setting():
+    with pytest.raises(DataError) as caught:
+        column([{"body": 1, "id": 2}], "text", {"text": "content"}, "f.jsonl")
+    for part in ("f.jsonl", "'content'", "body, id", "data.columns", "columns: {text: body}"):
+        assert part in str(caught.value)
+
+
+def test_evaluation_records_have_a_source_of_their_own_or_none(tmp_path):
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(RECORDS))
+    settings = DataSettings(kind="text", path="train.json", eval_path=str(path))
+    assert read_evaluation_records(settings) == RECORDS
+    assert read_evaluation_records(settings.model_copy(update={"eval_rows": 0})) is None
+    assert read_evaluation_records(DataSettings(kind="text", path=str(path))) is None
+    with pytest.raises(DataError, match="has no splits"):
+        read_evaluation_records(DataSettings(kind="text", path=str(path), eval_split="test"))
