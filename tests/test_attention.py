@@ -146,19 +146,20 @@ def earliest_change(config, impl, token, tokens=120):
 def test_causal(impl, monkeypatch):
     config = LRSAConfig(4, 8, 2)
     assert all(earliest_change(config, impl, token) == token for token in range(120))
-    if impl == "rectangles":  # let the first window of a pair see what was selected with its own tokens as reference
+    if impl == "rectangles":  # let a window see what was selected with its own tokens as reference
         true_pieces = rectangles.pieces
 
-        def leaky(length, config, sink_queries):
-            for pair in true_pieces(length, config, sink_queries):
-                far = slice(0, pair[0].queries.start // config.lag_size * config.top_k + config.sink_size)
-                yield [piece._replace(keys=far) if piece.compact else piece for piece in pair]
+        def leaky(*args):
+            for first, piece in true_pieces(*args):
+                leaks = piece.compact and piece.query > 20 and piece.rows == config.lag_size
+                yield first, piece._replace(columns=piece.columns + leaks * config.top_k)
 
         monkeypatch.setattr(rectangles, "pieces", leaky)
         assert any(earliest_change(config, impl, token) < token for token in range(119))
 
 
-def test_every_pair_is_computed_once():
+@pytest.mark.parametrize(("square", "together"), [(128, 1024), (4, 20), (1, 1)])
+def test_every_pair_is_computed_once(square, together):
     """The pieces cover exactly the pairs that the rule names: no pair twice, none wasted."""
     for config in CONFIGS:
         if config.top_k == config.lag_size:
@@ -168,12 +169,13 @@ def test_every_pair_is_computed_once():
             states = torch.randn(1, 1, length, 4)
             index = select_tokens(states, states, config).index.flatten()
             compact = torch.cat([torch.arange(config.sink_size), index])
-            for pair in rectangles.pieces(length, config, sink_queries=True):
-                for piece in pair:
-                    rows = torch.arange(length)[piece.queries]
-                    columns = (compact if piece.compact else torch.arange(length))[piece.keys]
-                    block = torch.ones(len(rows), len(columns), dtype=torch.long)
-                    found[rows[:, None], columns] += block.tril() if piece.causal else block
+            for _, piece in rectangles.pieces(length, config, True, square, together):
+                for block in range(piece.blocks):
+                    rows = torch.arange(piece.rows) + piece.query + block * piece.step
+                    columns = torch.arange(piece.columns) + piece.key + block * piece.step
+                    columns = compact[columns] if piece.compact else columns
+                    ones = torch.ones(len(rows), len(columns), dtype=torch.long)
+                    found[rows[:, None], columns] += ones.tril() if piece.causal else ones
             positions = torch.arange(length)
             expected = visible(select_tokens(states, states, config), positions, length, config)
             assert torch.equal(found, expected[0, 0].long())

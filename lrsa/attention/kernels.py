@@ -11,6 +11,15 @@ import torch
 aten = torch.ops.aten
 
 
+def sizes(device: str) -> tuple[int, int]:
+    """What suits the kernels of a device: the largest causal square to leave whole, and tokens to compute at once.
+
+    The CPU kernel computes causal squares of up to 512 in full and works best on what fits its caches. A GPU skips what
+    causality hides in blocks of 128, and wants large calls.
+    """
+    return (128, 1024) if device == "cpu" else (2**30, 2**30)
+
+
 def forward(query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend `[B, H, T, D]` over `[B, G, S, D]`: output like the query, log-sum-exp `[B, H, T]`, fp32 or fp64.
 

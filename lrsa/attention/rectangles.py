@@ -1,16 +1,14 @@
-"""Sparse attention as a few plain pieces without any mask: nothing is computed that the rule does not ask for.
+"""Sparse attention as plain pieces without any mask: nothing is computed that the rule does not ask for.
 
-Windows are taken in pairs. The two windows of a pair see themselves and each other causally (one square), both see the
-sink and the kept tokens of everything before the pair's neighbour (one rectangle), and then the first sees the whole
-window before the pair while the second sees the kept tokens of that window (two rectangles):
+The queries of a window see three sets of keys, and each is a rectangle or a causal square:
 
-               sink  kept 0 .. 2j-2   kept 2j-1   window 2j-1   window 2j   window 2j+1
-    window 2j    x         x                           x          causal
-    window 2j+1  x         x              x                         x          causal
+                 sink, kept 0 .. p-2     window p-1     window p
+    window p          all                    all          causal
 
-The pieces of a row are merged by their log-sum-exp. The backward calls each piece's own backward with the merged
-output and log-sum-exp, as PyTorch's context parallelism does. Nothing of size `T x T` exists, and no gradient flows
-through the selection.
+A causal square in turn is cut into small ones along the diagonal and rectangles below it, because kernels waste up to
+half of a small causal square. The pieces of a row are merged by their log-sum-exp. The backward calls each piece's own
+backward with the merged output and log-sum-exp, as PyTorch's context parallelism does. Nothing of size `T x T` exists,
+and no gradient flows through the selection.
 
 Shapes: B batch, H query heads, G KV heads, T query tokens, S key tokens, C kept tokens and sink, D head dim.
 """
@@ -63,54 +61,85 @@ def _dense(query, key, value, scale):
 
 
 class Piece(NamedTuple):
-    """Some queries over some keys: a square with the diagonal when causal, else a full rectangle."""
+    """Equal blocks of attention: block `i` is `rows` queries from `query + i * step` on over `columns` keys."""
 
-    queries: slice
-    compact: bool  # keys are taken from [sink | kept], else from the row itself
-    keys: slice
-    causal: bool
+    query: int
+    rows: int
+    key: int
+    columns: int
+    compact: bool = False  # keys are counted in [sink | kept], else in the row itself
+    causal: bool = False
+    blocks: int = 1
+    step: int = 0
 
 
-def pieces(length: int, config: LRSAConfig, sink_queries: bool) -> Iterator[list[Piece]]:
-    """All pieces of a row of `length` tokens, pair by pair; the first piece of a pair covers all of its queries."""
-    sink, lag, kept = config.sink_size, config.lag_size, config.top_k
+def pieces(
+    length: int, config: LRSAConfig, sink_queries: bool, square: int, together: int
+) -> Iterator[tuple[bool, Piece]]:
+    """All pieces of a row of `length` tokens; `True` marks those that are the first for their queries.
+
+    Args:
+        sink_queries: whether the queries of the sink are asked for.
+        square: largest causal square that is not cut.
+        together: tokens of windows whose pieces are computed at once.
+    """
+    sink, lag = config.sink_size, config.lag_size
     if sink_queries and sink:
-        yield [Piece(slice(0, sink), False, slice(0, sink), True)]
-    for pair, start in enumerate(range(sink, length, 2 * lag)):
-        middle, stop = min(start + lag, length), min(start + 2 * lag, length)
-        whole, second = slice(start, stop), slice(middle, stop)
-        found = [Piece(whole, False, whole, True)]
-        far = sink + kept * max(2 * pair - 1, 0)
-        if far:
-            found.append(Piece(whole, True, slice(0, far), False))
-        if pair:
-            found.append(Piece(slice(start, middle), False, slice(start - lag, start), False))
-            if stop > middle:
-                found.append(Piece(second, True, slice(far, far + kept), False))
-        yield found
+        yield True, Piece(0, sink, 0, sink, causal=True)
+    whole = (length - sink) // lag
+    leaf = lag
+    while leaf > square and leaf % 2 == 0:
+        leaf //= 2
+    several = max(together // lag, 1)
+    for first in range(0, whole, several):
+        count = min(several, whole - first)
+        start = sink + first * lag
+        yield True, Piece(start, leaf, start, leaf, causal=True, blocks=count * lag // leaf, step=leaf)
+        half = leaf
+        while half < lag:
+            blocks = count * lag // (2 * half)
+            yield False, Piece(start + half, half, start, half, blocks=blocks, step=2 * half)
+            half *= 2
+        skipped = first == 0  # window 0 has none before it
+        if count > skipped:
+            start += skipped * lag
+            yield False, Piece(start, lag, start - lag, lag, blocks=count - skipped, step=lag)
+        for window in range(first, first + count):
+            yield from _far(window, lag, config)
+    rest = length - sink - whole * lag
+    if rest:
+        start = sink + whole * lag
+        yield True, Piece(start, rest, start, rest, causal=True)
+        yield False, Piece(start, rest, start - lag, lag)
+        yield from _far(whole, rest, config)
+
+
+def _far(window: int, rows: int, config: LRSAConfig) -> Iterator[tuple[bool, Piece]]:
+    columns = config.sink_size + config.top_k * max(window - 1, 0)
+    if columns:
+        yield False, Piece(config.sink_size + window * config.lag_size, rows, 0, columns, compact=True)
 
 
 class _Rectangles(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, index, config, scale):
         rows, keys, values = _flat(query), _flat(key), _flat(value)
-        compact_keys, compact_values = (_compact(x, index, config) for x in (keys, values))
-        tokens, before = rows.shape[2], keys.shape[2] - rows.shape[2]
+        states = {False: (keys, values), True: tuple(_compact(x, index, config) for x in (keys, values))}
         exact = torch.promote_types(query.dtype, torch.float32)
         # The kernels write token by token, heads inside: so does the output, and models want it that way.
-        out = rows.new_empty(1, tokens, rows.shape[1], rows.shape[3], dtype=exact).transpose(1, 2)
-        lse = rows.new_empty(1, tokens, rows.shape[1], dtype=exact).transpose(1, 2)
-        for pair in pieces(keys.shape[2], config, sink_queries=before == 0):
-            for piece in pair:
-                part = slice(piece.queries.start - before, piece.queries.stop - before)
-                source = (compact_keys, compact_values) if piece.compact else (keys, values)
-                piece_out, piece_lse = kernels.forward(
-                    rows[:, :, part], *(x[:, :, piece.keys] for x in source), piece.causal, scale
-                )
-                if piece is pair[0]:
-                    out[:, :, part], lse[:, :, part] = piece_out, piece_lse
-                else:
-                    _merge(out[:, :, part], lse[:, :, part], piece_out.to(exact), piece_lse)
+        shape = (1, rows.shape[2], rows.shape[1])
+        out = rows.new_empty(*shape, rows.shape[3], dtype=exact).transpose(1, 2)
+        lse = rows.new_empty(*shape, 1, dtype=exact).transpose(1, 2)
+        for first, piece, before in _plan(rows, keys, config):
+            piece_out, piece_lse = kernels.forward(*_take(piece, before, rows, states), piece.causal, scale)
+            piece_lse = piece_lse.unsqueeze(-1)
+            out_part, lse_part = (_queries(x, piece, before) for x in (out, lse))
+            if first:
+                out_part.copy_(piece_out)
+                lse_part.copy_(piece_lse)
+            else:
+                out_part.lerp_(piece_out.to(exact), torch.sigmoid(piece_lse - lse_part))
+                lse_part.copy_(torch.logaddexp(lse_part, piece_lse))
         merged = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, index, merged, lse)
         ctx.config, ctx.scale = config, scale
@@ -122,32 +151,59 @@ class _Rectangles(torch.autograd.Function):
         query, key, value, index, out, lse = ctx.saved_tensors
         config = ctx.config
         grad, rows, keys, values = _flat(grad), _flat(query), _flat(key), _flat(value)
-        compact_keys, compact_values = (_compact(x, index, config) for x in (keys, values))
-        before = keys.shape[2] - rows.shape[2]
+        states = {False: (keys, values), True: tuple(_compact(x, index, config) for x in (keys, values))}
         exact = torch.promote_types(query.dtype, torch.float32)
         grad_rows = torch.empty_like(out, dtype=exact)
-        grads = {
-            False: [torch.zeros_like(x, dtype=exact) for x in (keys, values)],
-            True: [torch.zeros_like(x, dtype=exact) for x in (compact_keys, compact_values)],
-        }
-        for pair in pieces(keys.shape[2], config, sink_queries=before == 0):
-            for piece in pair:
-                part = slice(piece.queries.start - before, piece.queries.stop - before)
-                source = (compact_keys, compact_values) if piece.compact else (keys, values)
-                grad_query, *grad_states = kernels.backward(
-                    grad[:, :, part], rows[:, :, part], *(x[:, :, piece.keys] for x in source),
-                    out[:, :, part], lse[:, :, part], piece.causal, ctx.scale,
-                )  # fmt: skip
-                if piece is pair[0]:
-                    grad_rows[:, :, part] = grad_query
-                else:
-                    grad_rows[:, :, part] += grad_query
-                for total, found in zip(grads[piece.compact], grad_states, strict=True):
-                    total[:, :, piece.keys] += found
+        grads = {source: [torch.zeros_like(x, dtype=exact) for x in states[source]] for source in states}
+        for first, piece, before in _plan(rows, keys, config):
+            grad_part, out_part, lse_part, total = (_queries(x, piece, before) for x in (grad, out, lse, grad_rows))
+            grad_query, *grad_states = kernels.backward(
+                grad_part,
+                *_take(piece, before, rows, states),
+                out_part,
+                lse_part.squeeze(-1),
+                piece.causal,
+                ctx.scale,
+            )
+            if first:
+                total.copy_(grad_query)
+            else:
+                total += grad_query
+            for total, found in zip(grads[piece.compact], grad_states, strict=True):
+                part = _blocks(total, piece.key, piece.columns, piece)
+                part += found
         for total, compact in zip(grads[False], grads[True], strict=True):
             _scatter(total, compact, index, config)
         grad_key, grad_value = (x.to(key.dtype).view(key.shape) for x in grads[False])
         return grad_rows.to(query.dtype).reshape(query.shape), grad_key, grad_value, None, None, None
+
+
+def _plan(rows: torch.Tensor, keys: torch.Tensor, config: LRSAConfig) -> Iterator[tuple[bool, Piece, int]]:
+    """The pieces of a row, and how many of its tokens come before the first query."""
+    before = keys.shape[2] - rows.shape[2]
+    square, together = kernels.sizes(rows.device.type)
+    for first, piece in pieces(keys.shape[2], config, before == 0, square, together):
+        yield first, piece, before
+
+
+def _take(piece: Piece, before: int, rows: torch.Tensor, states: dict) -> list[torch.Tensor]:
+    """Query, key and value of a piece."""
+    keys_values = (_blocks(x, piece.key, piece.columns, piece) for x in states[piece.compact])
+    return [_queries(rows, piece, before), *keys_values]
+
+
+def _queries(states: torch.Tensor, piece: Piece, before: int) -> torch.Tensor:
+    return _blocks(states, piece.query - before, piece.rows, piece)
+
+
+def _blocks(states: torch.Tensor, start: int, tokens: int, piece: Piece) -> torch.Tensor:
+    """A view of flat states `[1, H, T, D]` as the blocks of a piece, `[blocks, H, tokens, D]`."""
+    _, by_head, by_token, by_channel = states.stride()
+    return states.as_strided(
+        (piece.blocks, states.shape[1], tokens, states.shape[3]),
+        (piece.step * by_token, by_head, by_token, by_channel),
+        states.storage_offset() + start * by_token,
+    )
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:
@@ -166,9 +222,3 @@ def _scatter(total: torch.Tensor, compact: torch.Tensor, index: torch.Tensor, co
     index = index.flatten(2).flatten(0, 1)[None, :, :, None].expand(-1, -1, -1, total.shape[-1])
     total[:, :, : config.sink_size] += compact[:, :, : config.sink_size]
     total.scatter_add_(2, index, compact[:, :, config.sink_size :])
-
-
-def _merge(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """Combine, in place, attention over two disjoint sets of keys."""
-    out.lerp_(other_out, torch.sigmoid(other_lse - lse).unsqueeze(-1))
-    torch.logaddexp(lse, other_lse, out=lse)
