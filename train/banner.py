@@ -37,7 +37,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
     packed = f", packed into {rows}" if args.packing else ""
-    return [
+    lines = [
         ("model", f"{settings.model.name_or_path}, {_count(total)} parameters in {settings.model.dtype}"),
         ("adapter", f"LoRA r {settings.lora.r}, {_count(trainable)} parameters trained ({trainable / total:.2%})"),
         ("attention", _attention(settings, trainer)),
@@ -48,6 +48,11 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
         ("machine", _machine(trainer)),
         ("output", str(args.output_dir)),
     ]  # fmt: skip
+    positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and report.lengths["longest"] > positions:
+        text = f"rows of up to {report.lengths['longest']:.0f} tokens go beyond the model's {positions} positions"
+        lines.append(("warning", f"{text}: lower data.context_length, or use a model with longer context"))
+    return lines
 
 
 def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:

@@ -36,6 +36,8 @@ def start(train: dict) -> None:
         SettingsError: when `train.deepspeed` is set and DeepSpeed is not installed, or one process sees several GPUs.
     """
     _share_cores()
+    if rank() > 0:
+        _hide_progress_bars()
     if train.get("use_cpu"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if train.get("deepspeed"):
@@ -53,6 +55,15 @@ def stop() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _hide_progress_bars() -> None:
+    """One process shows them; the others do the same work."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def _share_cores() -> None:

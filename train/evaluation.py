@@ -46,18 +46,24 @@ def evaluate_run(
         console.print("no evaluation: data.eval_rows is 0, or no rows were left to hold out")
         return None
     lrsa, models = load_variants(settings, adapter)
-    results = compare(
-        models,
-        tokenizer,
-        rows[: settings.eval.rows],
-        TASKS[settings.data.kind],
-        lrsa,
-        settings.eval.keep_ratios,
-        batch_size=settings.eval.batch_size,
-        max_new_tokens=settings.eval.max_new_tokens,
-        seed=settings.train["seed"],
-        progress=not settings.train.get("disable_tqdm"),
-    )
+    try:
+        results = compare(
+            models,
+            tokenizer,
+            rows[: settings.eval.rows],
+            TASKS[settings.data.kind],
+            lrsa,
+            settings.eval.keep_ratios,
+            batch_size=settings.eval.batch_size,
+            max_new_tokens=settings.eval.max_new_tokens,
+            seed=settings.train["seed"],
+            progress=not settings.train.get("disable_tqdm"),
+        )
+    except torch.OutOfMemoryError as error:
+        text = (
+            f"out of memory. The adapter is saved; evaluate it with launch/evaluate.py --run {adapter} --batch-size 1"
+        )
+        raise SettingsError([Problem("", "eval.batch_size", text)]) from error
     out = Path(adapter) if out is None else out
     results.save(out)
     results.print(console)

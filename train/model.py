@@ -38,9 +38,7 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
         SettingsError: when there is no such model, or it is not a causal language model.
     """
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else "auto"
-    model = _load(AutoModelForCausalLM, settings, dtype=dtype)
-    model.config.use_cache = False
-    return model
+    return _load(AutoModelForCausalLM, settings, dtype=dtype)
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:

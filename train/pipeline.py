@@ -90,22 +90,13 @@ def train_adapter(
     resume: bool,
 ) -> None:
     """Train one adapter of the base model, under LRSA or dense, and leave it verified in `args.output_dir`."""
-    model = load_model(settings.model)
-    model = remove_lrsa(model) if lrsa is None else _with_lrsa(model, lrsa)
-    trainer = LRSATrainer(
-        model=model,
-        args=args,
-        train_dataset=corpus.train,
-        eval_dataset=None if args.eval_strategy == "no" else _loss_rows(corpus.evaluation),
-        processing_class=tokenizer,
-        peft_config=lora_config(settings.lora),
-        lrsa=lrsa,
-    )
+    trainer = _trainer(settings, args, corpus, tokenizer, lrsa)
     lost = _tokens(corpus.train) - _tokens(trainer.train_dataset)
     assert lost == 0, f"TRL dropped {lost} tokens of rows that were ready"
     print_banner(console, settings, trainer, corpus.report)
     try:
-        trainer.train(resume_from_checkpoint=_checkpoint(args, resume))
+        newest = get_last_checkpoint(args.output_dir) if resume and Path(args.output_dir).is_dir() else None
+        trainer.train(resume_from_checkpoint=newest)
     except torch.OutOfMemoryError as error:
         text = (
             "out of memory. Lower train.per_device_train_batch_size (and raise gradient_accumulation_steps), set "
@@ -117,17 +108,31 @@ def train_adapter(
     if trainer.is_world_process_zero():
         verify_adapter(args.output_dir)
     trainer.accelerator.free_memory()
-    del trainer, model
+    del trainer
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _with_lrsa(model, lrsa: LRSAConfig):
+def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokenizer, lrsa) -> LRSATrainer:
+    """Base model with its attention set, LoRA and trainer; what the libraries object to is told as a mistake."""
+    model = load_model(settings.model)
     try:
-        return apply_lrsa(model, lrsa)
+        model = remove_lrsa(model) if lrsa is None else apply_lrsa(model, lrsa)
     except ValueError as error:
         raise SettingsError([Problem("", "lrsa", str(error))]) from error
+    try:
+        return LRSATrainer(
+            model=model,
+            args=args,
+            train_dataset=corpus.train,
+            eval_dataset=None if args.eval_strategy == "no" else _loss_rows(corpus.evaluation),
+            processing_class=tokenizer,
+            peft_config=lora_config(settings.lora),
+            lrsa=lrsa,
+        )
+    except ValueError as error:
+        raise SettingsError([Problem("", "train, lora", f"refused by TRL or PEFT: {error}")]) from error
 
 
 def _loss_rows(evaluation: list[dict]) -> Dataset:
@@ -140,10 +145,3 @@ def _loss_rows(evaluation: list[dict]) -> Dataset:
 def _tokens(rows: Dataset) -> int:
     batches = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
     return sum(pyarrow.compute.sum(pyarrow.compute.list_value_length(batch["input_ids"])).as_py() for batch in batches)
-
-
-def _checkpoint(args: SFTConfig, resume: bool) -> str | None:
-    """Where to continue: the checkpoint that `train.resume_from_checkpoint` names, or the newest one."""
-    if resume and Path(args.output_dir).is_dir():
-        return get_last_checkpoint(args.output_dir)
-    return args.resume_from_checkpoint

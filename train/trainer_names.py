@@ -25,6 +25,7 @@ OWNED_ELSEWHERE = {
     "parallelism_config": "start several processes with the deepspeed launcher",
     "fsdp": "use train.deepspeed",
     "fsdp_config": "use train.deepspeed",
+    "resume_from_checkpoint": "start launch/train.py with --resume",
     "local_rank": "the launcher passes it",
     "do_train": "launch/train.py always trains",
     "do_eval": "set eval.enabled",
