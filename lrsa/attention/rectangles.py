@@ -46,8 +46,7 @@ def attend(
     made_up = missing - config.sink_size if missing >= config.sink_size else missing
     if made_up:
         query = F.pad(query, (0, 0, made_up, 0))
-    index = select_tokens(key, value, config).index
-    return _Rectangles.apply(query, key, value, index, config, scale)[:, :, made_up:]
+    return _attend(query, key, value, *_numbers(config), scale)[0][:, :, made_up:]
 
 
 def _dense(query, key, value, scale):
@@ -120,69 +119,120 @@ def _far(window: int, rows: int, config: LRSAConfig) -> Iterator[tuple[bool, Pie
         yield False, Piece(config.sink_size + window * config.lag_size, rows, 0, columns, compact=True)
 
 
-class _Rectangles(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, index, config, scale):
-        rows, keys, values = _flat(query), _flat(key), _flat(value)
-        states = {False: (keys, values), True: tuple(_compact(x, index, config) for x in (keys, values))}
-        exact = torch.promote_types(query.dtype, torch.float32)
-        # The kernels write token by token, heads inside: so does the output, and models want it that way.
-        shape = (1, rows.shape[2], rows.shape[1])
-        out = rows.new_empty(*shape, rows.shape[3], dtype=exact).transpose(1, 2)
-        lse = rows.new_empty(*shape, 1, dtype=exact).transpose(1, 2)
-        for first, piece, before in _plan(rows, keys, config):
-            piece_out, piece_lse = kernels.forward(*_take(piece, before, rows, states), piece.causal, scale)
-            piece_lse = piece_lse.unsqueeze(-1)
-            out_part, lse_part = (_queries(x, piece, before) for x in (out, lse))
-            if first:
-                out_part.copy_(piece_out)
-                lse_part.copy_(piece_lse)
-            else:
-                out_part.lerp_(piece_out.to(exact), torch.sigmoid(piece_lse - lse_part))
-                lse_part.copy_(torch.logaddexp(lse_part, piece_lse))
-        merged = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, index, merged, lse)
-        ctx.config, ctx.scale = config, scale
-        return merged.reshape(query.shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        query, key, value, index, out, lse = ctx.saved_tensors
-        config = ctx.config
-        grad, rows, keys, values = _flat(grad), _flat(query), _flat(key), _flat(value)
-        states = {False: (keys, values), True: tuple(_compact(x, index, config) for x in (keys, values))}
-        exact = torch.promote_types(query.dtype, torch.float32)
-        grad_rows = torch.empty_like(out, dtype=exact)
-        grads = {source: [torch.zeros_like(x, dtype=exact) for x in states[source]] for source in states}
-        for first, piece, before in _plan(rows, keys, config):
-            grad_part, out_part, lse_part, total = (_queries(x, piece, before) for x in (grad, out, lse, grad_rows))
-            grad_query, *grad_states = kernels.backward(
-                grad_part,
-                *_take(piece, before, rows, states),
-                out_part,
-                lse_part.squeeze(-1),
-                piece.causal,
-                ctx.scale,
-            )
-            if first:
-                total.copy_(grad_query)
-            else:
-                total += grad_query
-            for total, found in zip(grads[piece.compact], grad_states, strict=True):
-                part = _blocks(total, piece.key, piece.columns, piece)
-                part += found
-        for total, compact in zip(grads[False], grads[True], strict=True):
-            _scatter(total, compact, index, config)
-        grad_key, grad_value = (x.to(key.dtype).view(key.shape) for x in grads[False])
-        return grad_rows.to(query.dtype).reshape(query.shape), grad_key, grad_value, None, None, None
+# Operators of their own, so that selective checkpointing can keep the output and compilers see one opaque call.
+@torch.library.custom_op("lrsa::rectangles", mutates_args=())
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sink_size: int,
+    lag_size: int,
+    top_k: int,
+    value_weight: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output `[B, H, T, D]`, log-sum-exp `[1, B * H, T, 1]` and kept positions `[B, G, W - 1, K]`."""
+    config = LRSAConfig(sink_size, lag_size, top_k, value_weight)
+    index = select_tokens(key, value, config).index
+    rows, states = _flat(query), _states(key, value, index, config)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    out, lse = _token_major(rows, exact), _token_major(rows[..., :1], exact)
+    for first, piece, before in _plan(rows, states, config):
+        piece_out, piece_lse = kernels.forward(*_take(piece, before, rows, states), piece.causal, scale)
+        piece_lse = piece_lse.unsqueeze(-1)
+        out_part, lse_part = (_queries(x, piece, before) for x in (out, lse))
+        if first:
+            out_part.copy_(piece_out)
+            lse_part.copy_(piece_lse)
+        else:
+            out_part.lerp_(piece_out.to(exact), torch.sigmoid(piece_lse - lse_part))
+            lse_part.copy_(torch.logaddexp(lse_part, piece_lse))
+    return out.to(query.dtype).reshape(query.shape), lse, index
 
 
-def _plan(rows: torch.Tensor, keys: torch.Tensor, config: LRSAConfig) -> Iterator[tuple[bool, Piece, int]]:
+@torch.library.custom_op("lrsa::rectangles_backward", mutates_args=())
+def _attend_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    index: torch.Tensor,
+    sink_size: int,
+    lag_size: int,
+    top_k: int,
+    value_weight: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for query, key and value."""
+    config = LRSAConfig(sink_size, lag_size, top_k, value_weight)
+    grad, rows, out, states = _flat(grad), _flat(query), _flat(out), _states(key, value, index, config)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    grad_rows = _token_major(rows, exact)
+    grads = {
+        source: [torch.zeros_like(x, dtype=exact, memory_format=torch.contiguous_format) for x in states[source]]
+        for source in states
+    }
+    for first, piece, before in _plan(rows, states, config):
+        grad_part, out_part, lse_part, total = (_queries(x, piece, before) for x in (grad, out, lse, grad_rows))
+        taken = _take(piece, before, rows, states)
+        grad_query, *grad_states = kernels.backward(
+            grad_part, *taken, out_part, lse_part.squeeze(-1), piece.causal, scale
+        )
+        if first:
+            total.copy_(grad_query)
+        else:
+            total += grad_query
+        for total, found in zip(grads[piece.compact], grad_states, strict=True):
+            part = _blocks(total, piece.key, piece.columns, piece)
+            part += found
+    for total, compact in zip(grads[False], grads[True], strict=True):
+        _scatter(total, compact, index, config)
+    grad_key, grad_value = (x.to(key.dtype).view(key.shape) for x in grads[False])
+    return grad_rows.to(query.dtype).reshape(query.shape), grad_key, grad_value
+
+
+@_attend.register_fake
+def _(query, key, value, sink_size, lag_size, top_k, value_weight, scale):
+    exact = torch.promote_types(query.dtype, torch.float32)
+    rows = query.new_empty(1, query.shape[0] * query.shape[1], *query.shape[2:])
+    windows = (key.shape[2] - sink_size) // lag_size - 1
+    index = query.new_empty(*key.shape[:2], windows, top_k, dtype=torch.int64)
+    return _token_major(rows, query.dtype).reshape(query.shape), _token_major(rows[..., :1], exact), index
+
+
+@_attend_backward.register_fake
+def _(grad, query, key, value, *rest):
+    rows = query.new_empty(1, query.shape[0] * query.shape[1], *query.shape[2:])
+    grad_states = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
+    return _token_major(rows, query.dtype).reshape(query.shape), *grad_states
+
+
+def _setup(ctx, inputs, output):
+    query, key, value, *ctx.numbers = inputs
+    out, lse, index = output
+    ctx.mark_non_differentiable(lse, index)
+    ctx.save_for_backward(query, key, value, out, lse, index)
+
+
+def _backward(ctx, grad, grad_lse, grad_index):
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * len(ctx.numbers)
+
+
+_attend.register_autograd(_backward, setup_context=_setup)
+
+
+def _numbers(config: LRSAConfig) -> tuple[int, int, int, float]:
+    return config.sink_size, config.lag_size, config.top_k, config.value_weight
+
+
+def _plan(rows: torch.Tensor, states: dict, config: LRSAConfig) -> Iterator[tuple[bool, Piece, int]]:
     """The pieces of a row, and how many of its tokens come before the first query."""
-    before = keys.shape[2] - rows.shape[2]
+    length = states[False][0].shape[2]
+    before = length - rows.shape[2]
     square, together = kernels.sizes(rows.device.type)
-    for first, piece in pieces(keys.shape[2], config, before == 0, square, together):
+    for first, piece in pieces(length, config, before == 0, square, together):
         yield first, piece, before
 
 
@@ -207,8 +257,21 @@ def _blocks(states: torch.Tensor, start: int, tokens: int, piece: Piece) -> torc
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:
-    """`[B, H, T, D]` -> `[1, B * H, T, D]`: query heads stay next to their KV head, so rows need no loop."""
-    return states.contiguous().flatten(0, 1).unsqueeze(0)
+    """`[B, H, T, D]` -> `[1, B * H, T, D]`, a view where strides allow: query heads stay next to their KV head."""
+    states = states if states.stride(3) == 1 else states.contiguous()
+    return states.flatten(0, 1).unsqueeze(0)
+
+
+def _token_major(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor like flat states, but token by token with the heads inside, as kernels write and models read."""
+    _, heads, tokens, channels = rows.shape
+    return rows.new_empty(1, tokens, heads, channels, dtype=dtype).transpose(1, 2)
+
+
+def _states(key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, config: LRSAConfig) -> dict:
+    """Flat keys and values of the row itself (`False`) and of `[sink | kept]` (`True`)."""
+    whole = tuple(_flat(x) for x in (key, value))
+    return {False: whole, True: tuple(_compact(x, index, config) for x in whole)}
 
 
 def _compact(states: torch.Tensor, index: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
