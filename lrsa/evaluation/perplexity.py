@@ -33,7 +33,7 @@ def evaluate_loss(
     Args:
         model: a transformers causal LM or a PEFT model, in the state that shall be measured.
         rows: each `{"input_ids": [...]}` of at least 2 tokens; with `"prompt_length"` the prompt's tokens do not count.
-        batch_size: rows per batch; padded on the right.
+        batch_size: rows per batch; padded on the right, where no token of the row sees it, so that no mask is needed.
         progress: called with the number of rows of every batch that is done (`tqdm.update` fits).
 
     Raises:
@@ -68,12 +68,11 @@ def _row_losses(lm: PreTrainedModel, documents: list[list[int]], firsts: list[in
     ids = torch.tensor([document + [0] * (width - len(document)) for document in documents], device=lm.device)
     column = torch.arange(width, device=lm.device)
     lengths, starts = (torch.tensor(x, device=lm.device)[:, None] for x in (list(map(len, documents)), firsts))
-    mask = (column < lengths).long()
     counted = (column < lengths) & (column >= starts)
     total = torch.zeros(len(documents), dtype=torch.float64, device=lm.device)
     vocabulary = lm.config.get_text_config().vocab_size
     piece = max(1, LOGITS_AT_ONCE // (vocabulary * len(documents)))
-    with _backbone_run_once(lm, ids, mask) as logits_of:
+    with _backbone_run_once(lm, ids) as logits_of:
         for start in range(0, width - 1, piece):
             columns = torch.arange(start, min(start + piece, width - 1), device=lm.device)
             logits, labels = logits_of(columns).float(), ids[:, columns + 1]
@@ -83,16 +82,14 @@ def _row_losses(lm: PreTrainedModel, documents: list[list[int]], firsts: list[in
 
 
 @contextmanager
-def _backbone_run_once(
-    lm: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor
-) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def _backbone_run_once(lm: PreTrainedModel, ids: torch.Tensor) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """A function that gives the logits `[B, columns, vocabulary]` of some columns from one forward of the backbone.
 
     The model's own forward makes the logits, over a backbone that hands out what it has found before: models scale or
     cap their logits in many ways, and none of them has to be known here.
     """
     backbone = lm.base_model
-    found = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+    found = backbone(input_ids=ids, use_cache=False)
     patched = backbone.__dict__.get("forward")  # accelerate's device hooks sit here
     backbone.forward = lambda *args, **kwargs: found
     try:
