@@ -1,0 +1,206 @@
+"""A whole LoRA training step, dense against LRSA: tokens per second and peak memory, side by side in one process.
+
+    python benchmarks/step.py --out runs/benchmarks                                   # CPU: a tiny shape
+    python benchmarks/step.py --out OUT --shape qwen2.5-7b --lengths 16384 32768 65536 --dtype bfloat16   # one GPU
+
+The shapes are those of real models, the weights random, so nothing is downloaded. Both sides run the same code: LoRA
+on every linear layer, every layer checkpointed (recomputed in the backward), a loss that never holds all logits, AdamW
+on the adapters. Only the attention differs. Dense is the kernel that `scaled_dot_product_attention` picks. Needs torch
+and transformers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
+
+# layers, hidden, MLP, query heads, KV heads, head dim, vocabulary
+SHAPES = {
+    "tiny": (2, 256, 688, 8, 2, 32, 1000),
+    "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 64, 151936),
+    "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 128, 151936),
+    "qwen2.5-7b": (28, 3584, 18944, 28, 4, 128, 152064),
+    "llama-3-8b": (32, 4096, 14336, 32, 8, 128, 128256),
+}
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer with a trained low-rank one beside it."""
+
+    def __init__(self, linear: nn.Linear, rank: int = 16):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype, "bias": False}
+        self.down, self.up = nn.Linear(linear.in_features, rank, **like), nn.Linear(rank, linear.out_features, **like)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.linear(x) + self.up(self.down(x))
+
+
+def build(options) -> LlamaForCausalLM:
+    layers, hidden, mlp, heads, kv_heads, channels, vocabulary = SHAPES[options.shape]
+    config = LlamaConfig(
+        num_hidden_layers=options.layers or layers,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=channels,
+        vocab_size=vocabulary,
+        max_position_embeddings=max(options.lengths),
+        attn_implementation="sdpa",
+    )
+    with torch.device(options.device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, options.dtype))
+        model = LlamaForCausalLM(config).requires_grad_(False)
+        torch.set_default_dtype(before)
+    for module in list(model.model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, LoRA(child))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def loss_of(model, ids: torch.Tensor, rows: int = 2048) -> torch.Tensor:
+    """Mean next-token loss; logits exist for `rows` tokens at a time only, in the backward too."""
+
+    def part(states, labels):
+        return nn.functional.cross_entropy(model.lm_head(states).float(), labels, reduction="sum")
+
+    states = model.model(ids, use_cache=False).last_hidden_state[0, :-1]
+    labels = ids[0, 1:]
+    sums = [
+        checkpoint(part, states[i : i + rows], labels[i : i + rows], use_reentrant=False)
+        for i in range(0, len(labels), rows)
+    ]
+    return torch.stack(sums).sum() / len(labels)
+
+
+def step(model, optimiser, ids: torch.Tensor) -> float:
+    """Seconds of forward, backward and update."""
+    _wait(ids)
+    start = time.perf_counter()
+    loss_of(model, ids).backward()
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    _wait(ids)
+    return time.perf_counter() - start
+
+
+def _wait(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def peak_gib(model, optimiser, ids: torch.Tensor) -> float:
+    """Peak memory of a step beyond weights and optimiser; on a CPU by the allocator's own events."""
+    if ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(model, optimiser, ids)
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step(model, optimiser, ids)
+    live = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak / 2**30
+
+
+def run_length(options, model, optimiser, length: int, config: LRSAConfig) -> dict:
+    ids = torch.randint(0, model.config.vocab_size, (1, length), device=options.device)
+    sides = {"dense": lambda: remove_lrsa(model), "lrsa": lambda: apply_lrsa(model, config)}
+    times, peak = {name: [] for name in sides}, {}
+    for round_ in range(options.rounds + 1):
+        for name, switch in sides.items():
+            switch()
+            seconds = step(model, optimiser, ids)
+            if round_:  # the first round warms up
+                times[name].append(seconds)
+    for name, switch in sides.items():
+        switch()
+        peak[name] = peak_gib(model, optimiser, ids)
+    ratios = sorted(d / t for d, t in zip(times["dense"], times["lrsa"], strict=True))
+    return {
+        "length": length,
+        **{f"{name}_tokens_per_s": length / statistics.median(times[name]) for name in sides},
+        "ratio": statistics.median(ratios),
+        "lowest": ratios[0],
+        "highest": ratios[-1],
+        **{f"{name}_peak_gib": peak[name] for name in sides},
+    }
+
+
+def table(rows: list[dict]) -> str:
+    head = (
+        "| tokens | dense tokens/s | LRSA tokens/s | times dense (lowest-highest) | dense peak GiB | LRSA peak GiB |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    return head + "".join(
+        f"| {r['length']} | {r['dense_tokens_per_s']:.0f} | {r['lrsa_tokens_per_s']:.0f} "
+        f"| {r['ratio']:.2f} ({r['lowest']:.2f}-{r['highest']:.2f}) "
+        f"| {r['dense_peak_gib']:.2f} | {r['lrsa_peak_gib']:.2f} |\n"
+        for r in rows
+    )
+
+
+def parse() -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for step.json and step.md")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b" if on_gpu else "tiny")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to fit a small machine")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536] if on_gpu else [2048, 4096, 8192])
+    parser.add_argument("--setting", default="512:128" if on_gpu else "256:64", help="lag_size:top_k")
+    parser.add_argument("--sink-size", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    model = build(options)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    config = LRSAConfig(options.sink_size, *map(int, options.setting.split(":")))
+    rows = []
+    for length in options.lengths:
+        rows.append(run_length(options, model, optimiser, length, config))
+        print(table(rows).splitlines()[-1], flush=True)
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
+    facts = {"machine": machine, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
+    (options.out / "step.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
+    (options.out / "step.md").write_text(table(rows))
+    print(f"\n{machine}, torch {torch.__version__}, {options.shape}, lag:top_k {options.setting}, {options.dtype}")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
