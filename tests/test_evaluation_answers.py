@@ -102,6 +102,7 @@ def test_symbols_in_place():
     assert symbols_in_place("8 4 2", "4 8 2") == pytest.approx(1 / 3)
     assert symbols_in_place("4", "4 8 2") == pytest.approx(1 / 3)
     assert symbols_in_place("", "4 8 2") == 0
+    assert (symbols_in_place("", ""), symbols_in_place("4", "")) == (1, 0)
 
 
 def test_f1_and_exact_match_are_those_of_squad():

@@ -38,4 +38,6 @@ def score_retrieval(generated: Sequence[str], rows: Sequence[dict], seed: int = 
 def symbols_in_place(answer: str, gold: str) -> float:
     """Share of the blank-separated symbols of `gold` that `answer` has at the same place; what follows is ignored."""
     symbols, found = gold.split(), answer.split()
+    if not symbols:
+        return float(not found)
     return sum(a == b for a, b in zip(symbols, found, strict=False)) / len(symbols)
