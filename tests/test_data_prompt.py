@@ -55,7 +55,16 @@ def test_without_a_template_bos_and_eos_stand_around(byte_tokenizer):
     assert (turn.before, turn.between, turn.lead, turn.after) == ("<s>", "", " ", "</s>")
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "hello", "{{ messages[0]['content'] | lower }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ messages[0]['content'] }}",
+        "{{ messages[0]['content'] * 2 }}{{ messages[1]['content'] }}",
+        "{{ messages[1]['content'] }}{{ messages[0]['content'] }}",
+    ],
+    ids=["raises", "no answer", "question twice", "wrong order"],
+)
 def test_a_template_that_cannot_be_used_is_an_error(template, byte_tokenizer):
     with pytest.raises(DataError, match="chat template"):
         turn_of(with_template(byte_tokenizer, template))

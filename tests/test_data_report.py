@@ -1,3 +1,5 @@
+import dataclasses
+import io
 import json
 
 import numpy as np
@@ -12,7 +14,7 @@ ROW = {"question": "Who [bold]found[/bold] it?", "context": "Anna found it.", "a
 
 @pytest.fixture
 def corpus(tmp_path, byte_tokenizer):
-    path = tmp_path / "qa.json"
+    path = tmp_path / "qa[red].json"
     records = [ROW | {"context": f"{ROW['context']} Number {n} is here." * (1 + n % 3)} for n in range(12)]
     path.write_text(json.dumps([*records, ROW | {"answers": []}]))
     settings = data.DataSettings(kind="qa", path=str(path), context_length=400, eval_rows=2)
@@ -38,10 +40,14 @@ def test_the_sample_is_the_first_row_with_its_trained_end_marked(corpus, byte_to
     assert marked_sample(byte_tokenizer, [5, 6], 0) == [[byte_tokenizer.decode([5, 6]), True]]
 
 
+def printed(report: data.DataReport) -> str:
+    console = Console(width=200, file=io.StringIO())
+    report.print(console)
+    return console.file.getvalue()
+
+
 def test_print_shows_all_of_it_as_plain_text(corpus):
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
-    corpus.report.print(console)
-    shown = console.export_text()
+    shown = printed(corpus.report)
     parts = (
         "10 to train on, 2 to evaluate on",
         "100.0% of the rows",
@@ -49,7 +55,7 @@ def test_print_shows_all_of_it_as_plain_text(corpus):
         "1: no answer",
         "Who [bold]found[/bold] it?",
     )
-    for part in (*parts, "[ Anna</s>]", "context_length 400"):
+    for part in (*parts, "[ Anna</s>]", "context_length 400", "qa[red].json"):
         assert part in shown, part
 
 
@@ -72,10 +78,10 @@ def test_too_short_rows_warn():
 
 
 def test_the_warning_is_in_print_and_markdown(corpus, tmp_path):
-    import dataclasses
-
-    report = dataclasses.replace(corpus.report, warning="nothing would be compressed: x")
+    report = dataclasses.replace(corpus.report, warning="nothing would be compressed: x", notes=["[red]kept[/red]"])
     report.save(tmp_path)
+    shown = printed(report)
+    assert "warning: nothing would be compressed: x" in shown and "[red]kept[/red]" in shown
     assert "**Warning:** nothing would be compressed: x" in (tmp_path / "data_report.md").read_text()
 
 
