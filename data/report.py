@@ -53,9 +53,8 @@ class DataReport:
 
     def print(self, console: Console) -> None:
         """Show the report on a terminal."""
-        table = Table(
-            title=escape(f"Data: {self.kind} rows from {self.source}"), title_justify="left", show_header=False
-        )
+        console.print(Text(f"Data: {self.kind} rows from {self.source}", style="bold"))
+        table = Table(show_header=False)
         for name, value in self._facts():
             table.add_row(name, escape(value))
         console.print(table)
