@@ -190,6 +190,7 @@ def test_a_second_run_is_refused_and_a_stopped_one_is_resumed(workplace, finishe
     assert run_here(workplace, *options, resume=True) == 0
     whole, resumed = log_of(finished[0]), log_of(stopped)
     assert [line["step"] for line in resumed] == [1, 2, 3, 4]
+    assert resumed[:2] == whole[:2] and resumed[2:] != whole[2:], "the first two steps were not taken again"
     assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in whole], rel=1e-5)
 
 

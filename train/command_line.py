@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 
 from train import environment
+
+PATIENCE = 20  # seconds
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,9 +30,7 @@ class Parser(argparse.ArgumentParser):
         return f"{super().format_help()}\n{sections_help()}"
 
     def error(self, message: str) -> None:
-        if environment.rank() == 0:
-            self.print_usage(sys.stderr)
-            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        _tell(f"{self.format_usage()}{self.prog}: error: {message}")
         sys.exit(2)
 
 
@@ -42,10 +43,18 @@ def explain(job: Callable[[], object]) -> int:
     try:
         job()
     except _mistakes() as error:
-        if environment.rank() == 0:
-            print(f"\n{error}", file=sys.stderr)
+        _tell(f"\n{error}")
         return 2
     return 0
+
+
+def _tell(message: str) -> None:
+    """Print in the first process. The others wait: a launcher ends all processes as soon as one of them fails, and the
+    first one must have spoken by then. One that is still there after that has made its mistake alone, and says so."""
+    if environment.rank() > 0:
+        time.sleep(PATIENCE)
+        message = f"process {environment.rank()}: {message}"
+    print(message, file=sys.stderr, flush=True)
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
