@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from lrsa import LRSAConfig, lrsa_attention, select_tokens
@@ -191,6 +192,17 @@ def test_open_kernels_equal_vendor_kernels():
         assert_equal(kernels._plain_forward(*args, causal, 0.3), (out, lse))
         vendor = kernels.backward(grad, *args, out, lse, causal, 0.3)
         assert_equal(kernels._plain_backward(grad, *args, out, lse, causal, 0.3), vendor)
+
+
+def test_cuda_kernels_take_what_they_are_given():
+    """No GPU is needed to check names, order and shapes of the arguments; the numbers are for a machine with one."""
+    with FakeTensorMode():
+        query = torch.empty(3, 8, 24, 64, device="cuda", dtype=torch.bfloat16)
+        key = torch.empty(3, 2, 40, 64, device="cuda", dtype=torch.bfloat16)
+        out, lse = kernels.forward(query, key, key, False, 0.1)
+        assert (out.shape, lse.shape, lse.dtype) == (query.shape, query.shape[:3], torch.float32)
+        grads = kernels.backward(out, query, key, key, out, lse, False, 0.1)
+        assert [x.shape for x in grads] == [query.shape, key.shape, key.shape]
 
 
 def peak_bytes(tokens, impl):

@@ -29,11 +29,8 @@ def forward(query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor
         return _plain_forward(query, key, value, causal, scale)
     if query.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-    out, lse, *_ = aten._flash_attention_forward(
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scale,
-    )  # fmt: skip
-    return out.transpose(1, 2), lse
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+    return out, lse
 
 
 def backward(grad, query, key, value, out, lse, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
@@ -44,17 +41,17 @@ def backward(grad, query, key, value, out, lse, causal: bool, scale: float) -> t
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, lse, 0.0, causal, scale=scale
         )
-    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the random numbers of dropout, which is off
-    grads = aten._flash_attention_backward(
-        *(x.transpose(1, 2).contiguous() for x in (grad, query, key, value, out)),
-        lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal, state, state[:0], scale=scale,
+    state = query.new_empty(2, dtype=torch.uint64)  # of dropout's random numbers; there is none
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2],
+        0.0, causal, state, state, scale=scale,
     )  # fmt: skip
-    return tuple(x.transpose(1, 2) for x in grads)
 
 
 def _is_plain(query: torch.Tensor) -> bool:
-    """Flash on CUDA takes half precision and at most 256 channels; the rest is computed in the open."""
-    return query.device.type != "cpu" and (query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256)
+    """Flash on CUDA takes half precision and head dims of 8, 16, ... 256; the rest is computed in the open."""
+    half, channels = query.dtype in (torch.float16, torch.bfloat16), query.shape[-1]
+    return query.device.type != "cpu" and (not half or channels > 256 or channels % 8 != 0)
 
 
 def _plain_forward(query, key, value, causal, scale):
