@@ -86,6 +86,7 @@ def _configs(model: PreTrainedModel) -> list:
     return list((found | {id(text): text}).values())
 
 
+@torch.compiler.disable  # the rule looks at padding and positions, which a compiler would have to guess
 def lrsa_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -99,6 +100,9 @@ def lrsa_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """The function that transformers calls in every layer: `[B, H, T, D]` in, `[B, T, H, D]` out."""
     _refuse(module, attention_mask, dropout, kwargs)
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     layer = getattr(key, "lrsa_layer", None)
     if layer is not None:
         _compare(layer.config, _layer_config(module))
