@@ -34,27 +34,28 @@ def synthetic_rows(settings: DataSettings, tokenizer, seed: int) -> Rows:
 
 def _rows(settings: DataSettings, tokenizer, count: int, rng: random.Random) -> list[tuple[Row, dict]]:
     """Rows and what they were made from: the prompt with everything around it, and its answers."""
-    task, turn = settings.synthetic, turn_of(tokenizer)
-    around = sum(
-        len(ids[0])
-        for ids in continued_ids(tokenizer, [f"{turn.before}a{turn.between}"], [f"{turn.lead}a{turn.after}"])
-    )
-    room = settings.context_length - (
-        around - len(tokenizer("a a")["input_ids"]) - 1
-    )  # the generator counts one end token
-    rows = []
+    turn = turn_of(tokenizer)
+    room, rows = settings.context_length, []
     for _ in progress(range(count), "generating rows"):
-        try:
-            if task.task == "key_value":
-                made = synthetic.key_value_row(rng, tokenizer, room, keys=task.keys, digits=task.digits)
-            else:
-                made = synthetic.passkey_row(rng, tokenizer, room, digits=task.digits)
-        except ValueError as error:
-            raise DataError(f"data.synthetic: {error}") from error
-        prompt = turn.before + made["prompt"] + turn.between
-        answer = turn.lead + made["answers"][0] + turn.after
-        prompt_ids, answer_ids = (ids[0] for ids in continued_ids(tokenizer, [prompt], [answer]))
+        while True:
+            made = _made(settings, tokenizer, room, rng)
+            prompt = turn.before + made["prompt"] + turn.between
+            answer = turn.lead + made["answers"][0] + turn.after
+            [prompt_ids], [answer_ids] = continued_ids(tokenizer, [prompt], [answer])
+            excess = len(prompt_ids) + len(answer_ids) - settings.context_length
+            if excess <= 0:
+                break
+            room -= excess  # the generator does not know BOS and chat markup: leave room for them from now on
         row = Row(np.concatenate([prompt_ids, answer_ids]), len(prompt_ids))
-        assert len(row.input_ids) <= settings.context_length
         rows.append((row, {"prompt": prompt, "answers": made["answers"]}))
     return rows
+
+
+def _made(settings: DataSettings, tokenizer, room: int, rng: random.Random) -> dict:
+    task = settings.synthetic
+    try:
+        if task.task == "key_value":
+            return synthetic.key_value_row(rng, tokenizer, room, keys=task.keys, digits=task.digits)
+        return synthetic.passkey_row(rng, tokenizer, room, digits=task.digits)
+    except ValueError as error:
+        raise DataError(f"data.synthetic: {error}") from error
