@@ -7,6 +7,7 @@ import pytest
 from train.defaults import with_defaults
 from train.problems import SettingsError
 from train.settings import RunSettings, load_settings
+from train.sources import REPOSITORY
 from train.trainer_names import check_trainer_values
 from train.yaml_lines import parse
 
@@ -233,7 +234,7 @@ def test_files_are_found_from_here_from_the_configuration_and_from_the_repositor
     assert load_settings("there/run").data == settings.data, ".yaml may be left out"
 
 
-@pytest.mark.parametrize("name", ["qa.yaml", "text.yaml"])
+@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml")))
 def test_the_configurations_of_the_repository_load_from_anywhere(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     settings = load_settings(name)
