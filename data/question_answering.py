@@ -9,7 +9,7 @@ import numpy as np
 from data.long_context import TOO_LONG, LongContexts, QuestionRow
 from data.prompt import token_ids
 from data.questions import Question, read_questions
-from data.reading import DataError, read_evaluation_records, read_records
+from data.reading import DataError, evaluation_source, read_evaluation_records, read_records
 from data.rows import EVALUATED, NOT_CHOSEN, Rows, chosen
 from data.settings import DataSettings
 
@@ -53,11 +53,11 @@ def _read(
     """All questions to train on, and those of an evaluation source of its own; `numbers` gets the passages."""
     layout, columns = settings.format, settings.columns
     records = read_records(settings.path, settings.name, settings.split)
-    train = read_questions(records, layout, columns, settings.path, numbers, result.dropped)
+    train = read_questions(records, layout, columns, f"data.path {settings.path}", numbers, result.dropped)
     records = read_evaluation_records(settings)
     if records is None:
         return train, None
-    source = settings.eval_path or settings.path
+    source = evaluation_source(settings)
     return train, read_questions(records, layout, columns, source, numbers, result.evaluation_dropped)
 
 

@@ -65,7 +65,7 @@ def read_questions(
             ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
-                f"data.path {source}: record {number} does not fit data.format {layout}, which expects "
+                f"{source}: record {number} does not fit data.format {layout}, which expects "
                 f"{EXPECTED[layout]}: {type(error).__name__} {error}."
             ) from error
         for question, gold, own, answers in entries:

@@ -17,7 +17,9 @@ class DataError(ValueError):
     """Data that cannot be used; the message says what was looked at and what to change."""
 
 
-def read_records(path: str, name: str | None = None, split: str = "train") -> list[dict[str, Any]]:
+def read_records(
+    path: str, name: str | None = None, split: str = "train", setting: str = "data.path"
+) -> list[dict[str, Any]]:
     """The records of a data source, in its order.
 
     Args:
@@ -25,6 +27,7 @@ def read_records(path: str, name: str | None = None, split: str = "train") -> li
             `{"text": ...}`), a directory of such text files, or whatever `datasets.load_dataset` takes: another local
             directory or a Hub name.
         name, split: configuration and split of a data set; files have neither.
+        setting: what error messages say the path was given as.
 
     Raises:
         DataError: nothing there, not readable, or empty.
@@ -37,14 +40,15 @@ def read_records(path: str, name: str | None = None, split: str = "train") -> li
         records = [record for text in texts for record in _read_file(text)]
     elif file.suffix in TEXT_SUFFIXES + JSON_SUFFIXES or (path.startswith((".", "/", "~")) and not file.is_dir()):
         raise DataError(
-            f"data.path {path}: no such file; looked for {file.absolute()}. Check the path, or give a Hub name."
+            f"{setting} {path}: no such file; looked for {file.absolute()}. Check the path, or give a Hub name."
         )
     else:
-        records = _load_dataset(str(file) if file.is_dir() else path, name, split)
+        records = _load_dataset(str(file) if file.is_dir() else path, name, split, setting)
     if not records:
-        raise DataError(f"data.path {path}: there is no record in it (split {split}).")
-    if not isinstance(records[0], dict):
-        raise DataError(f"data.path {path}: records must be JSON objects, the first one is {_shown(records[0])}.")
+        raise DataError(f"{setting} {path}: there is no record in it (split {split}).")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise DataError(f"{setting} {path}: records must be JSON objects, record {number} is {_shown(record)}.")
     return records
 
 
@@ -59,11 +63,17 @@ def read_evaluation_records(settings: DataSettings) -> list[dict[str, Any]] | No
             "give data.eval_path, or remove eval_split to hold rows out of the file."
         )
     name = None if settings.eval_path else settings.name
-    return read_records(path, name, settings.eval_split or settings.split)
+    setting = "data.eval_path" if settings.eval_path else "data.path"
+    return read_records(path, name, settings.eval_split or settings.split, setting)
+
+
+def evaluation_source(settings: DataSettings) -> str:
+    """What error messages call the records of `read_evaluation_records`."""
+    return f"data.eval_path {settings.eval_path}" if settings.eval_path else f"data.path {settings.path}"
 
 
 def column(records: Sequence[dict], ours: str, columns: dict[str, str], source: str) -> str:
-    """The file's name of our column.
+    """The file's name of our column; `source` is what error messages call the records.
 
     Raises:
         DataError: naming the columns that exist and `data.columns`, when the first record has no such column.
@@ -74,7 +84,7 @@ def column(records: Sequence[dict], ours: str, columns: dict[str, str], source: 
     if wanted == "answers" and "answer" in records[0]:  # HotpotQA and many others
         return "answer"
     raise DataError(
-        f"data.path {source}: there is no column {wanted!r}; the columns are {', '.join(map(str, records[0]))}. "
+        f"{source}: there is no column {wanted!r}; the columns are {', '.join(map(str, records[0]))}. "
         f"Say which one to use with data.columns, for example columns: {{{ours}: {next(iter(records[0]), 'name')}}}."
     )
 
@@ -117,14 +127,14 @@ def _json_lines(file: Path, text: str) -> list[Any]:
     return records
 
 
-def _load_dataset(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
+def _load_dataset(path: str, name: str | None, split: str, setting: str) -> list[dict[str, Any]]:
     import datasets
 
     try:
         return datasets.load_dataset(path, name, split=split).to_list()
     except Exception as error:  # network, Hub, builder and file errors share no base class; all mean the same here
         raise DataError(
-            f"data.path {path} (name {name}, split {split}) cannot be loaded. There is no file or directory "
+            f"{setting} {path} (name {name}, split {split}) cannot be loaded. There is no file or directory "
             f"{Path(path).absolute()}, or no data set in it, and datasets.load_dataset says: "
             f"{type(error).__name__}: {error}"
         ) from error

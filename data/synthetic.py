@@ -33,7 +33,7 @@ FILLER = (
 def key_value_row(
     rng: random.Random, tokenizer, context_length: int, keys: int = 4, digits: int = 3
 ) -> dict[str, str | list[str]]:
-    """Facts "the code of amber is 4 8 2 ." at random depths in filler words; the prompt ends by asking for one of them.
+    """Facts "code amber 4 8 2 ." at random depths in filler words; the prompt ends by asking for one of them.
 
     Args:
         rng: the only source of randomness.
@@ -54,9 +54,9 @@ def key_value_row(
         raise ValueError(f"digits must be at least 1 and give {keys} different codes, got {digits}: raise digits.")
     names = rng.sample(NAMES, keys)
     codes = [" ".join(f"{code:0{digits}d}") for code in rng.sample(range(10**digits), keys)]
-    facts = [f"the code of {name} is {code} ." for name, code in zip(names, codes, strict=True)]
+    facts = [f"code {name} {code} ." for name, code in zip(names, codes, strict=True)]
     asked = rng.randrange(keys)
-    return _row(rng, tokenizer, context_length, facts, f"the code of {names[asked]} is", codes[asked])
+    return _row(rng, tokenizer, context_length, facts, f"code {names[asked]}", codes[asked])
 
 
 def passkey_row(rng: random.Random, tokenizer, context_length: int, digits: int = 5) -> dict[str, str | list[str]]:

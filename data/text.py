@@ -16,7 +16,7 @@ import numpy as np
 
 from data.progress import progress
 from data.prompt import token_ids
-from data.reading import DataError, column, read_evaluation_records, read_records
+from data.reading import DataError, column, evaluation_source, read_evaluation_records, read_records
 from data.rows import EVALUATED, EVALUATION_NOT_CHOSEN, NOT_CHOSEN, Row, Rows, chosen
 from data.settings import DataSettings
 
@@ -35,15 +35,15 @@ def text_rows(settings: DataSettings, tokenizer, seed: int) -> Rows:
     result = Rows(source=settings.path)
     rng = np.random.default_rng([seed, 0])
     records = read_records(settings.path, settings.name, settings.split)
-    documents = read_documents(records, settings.columns, settings.path, result.dropped)
+    documents = read_documents(records, settings.columns, f"data.path {settings.path}", result.dropped)
     records = read_evaluation_records(settings)
     if records is not None:
-        source = settings.eval_path or settings.path
-        held = read_documents(records, settings.columns, source, result.evaluation_dropped)
+        held = read_documents(records, settings.columns, evaluation_source(settings), result.evaluation_dropped)
         found = _rows(tokenize_documents(held, tokenizer), settings, tokenizer, result.evaluation_dropped)
         evaluation = [found[i] for i in chosen(len(found), settings.eval_rows, rng)]
         result.evaluation_dropped[EVALUATION_NOT_CHOSEN] += len(found) - len(evaluation)
-        kept = [document for document in documents if document not in set(held)]
+        elsewhere = set(held)
+        kept = [document for document in documents if document not in elsewhere]
         result.dropped[EVALUATED] += len(documents) - len(kept)
         train = _rows(tokenize_documents(kept, tokenizer), settings, tokenizer, result.dropped)
     else:
@@ -106,9 +106,7 @@ def read_documents(records: list[dict[str, Any]], columns: dict[str, str], sourc
     for number, record in enumerate(records):
         text = record.get(text_column)
         if not isinstance(text, str):
-            raise DataError(
-                f"data.path {source}: record {number} holds no text in column {text_column!r}, but {text!r}."
-            )
+            raise DataError(f"{source}: record {number} holds no text in column {text_column!r}, but {text!r}.")
         text = text.strip("\n")
         if not text.strip() or text in documents:
             dropped[DUPLICATE if text in documents else EMPTY] += 1

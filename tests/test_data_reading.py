@@ -70,7 +70,7 @@ def test_a_name_that_is_neither_file_nor_reachable_says_what_was_tried(tmp_path,
         ("a.json", "[]", "no record"),
         ("a.jsonl", "\n", "no record"),
         ("a.json", '{"rows": [1]}', "must hold a list"),
-        ("a.json", "[1, 2]", "must be JSON objects"),
+        ("a.json", '[{"text": "one"}, 2]', "must be JSON objects, record 1 is int"),
         ("a.json", '[{"text": "one"},\n{"text" "two"}]', "a.json:2: not valid JSON"),
         ("a.jsonl", '{"text": "one"}\n{"text": ', "a.jsonl:2: not valid JSON"),
         ("a.csv", "text\none", "unknown kind of file"),
@@ -108,5 +108,7 @@ def test_evaluation_records_have_a_source_of_their_own_or_none(tmp_path):
     assert read_evaluation_records(settings) == RECORDS
     assert read_evaluation_records(settings.model_copy(update={"eval_rows": 0})) is None
     assert read_evaluation_records(DataSettings(kind="text", path=str(path))) is None
+    with pytest.raises(DataError, match=r"data\.eval_path missing\.json: no such file"):
+        read_evaluation_records(DataSettings(kind="text", path=str(path), eval_path="missing.json"))
     with pytest.raises(DataError, match="has no splits"):
         read_evaluation_records(DataSettings(kind="text", path=str(path), eval_split="test"))
