@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 quickstart: $(INSTALLED)  ## The main job on the embedded tiny model: tune, evaluate, report; minutes on a CPU
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed launch/train.py --config quickstart.yaml
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed launch/train.py --config quickstart.yaml --overwrite
 
 test: $(INSTALLED)  ## All tests but the slow ones
 	$(RUN) -m pytest -m "not slow"

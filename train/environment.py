@@ -86,12 +86,20 @@ def _start_deepspeed(on_cpu: bool) -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     import deepspeed
+    import torch.distributed
 
     if on_cpu:
         # An operator for tensor-parallel inference, which takes a C++ compiler and a minute to build.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Before the model is built: ZeRO-3 would otherwise believe that it runs alone.
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        try:
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        except torch.distributed.DistNetworkError as error:
+            text = (
+                f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, where another "
+                f"run may be at work: choose another port, deepspeed --master_port 29501 ... ({error})"
+            )
+            raise SettingsError([Problem("", "", text)]) from error
 
 
 def _refuse_data_parallel() -> None:

@@ -17,6 +17,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = " ".join(part for part in (self.where, self.field) if part)
+        if not place:
+            return self.text
         return f"{place} {self.text}" if self.text.startswith("must ") else f"{place}: {self.text}"
 
 
