@@ -76,6 +76,17 @@ def test_answer_stops_at_the_end_token_of_the_model_or_the_tokenizer(random_llam
     assert len(cut[0]) <= 2
 
 
+def test_answer_stops_at_the_end_of_turn_of_the_rows(random_llama, tokenizer):
+    """A chat template's end of turn is neither the model's nor the tokenizer's end of text."""
+    rows = make_rows()
+    first = [slow_answer(random_llama, row) for row in rows]
+    turn = int(first[0].split()[1][1:])
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"w{turn}"]})
+    ended = [row | {"input_ids": [*row["input_ids"][:-1], turn]} for row in rows]
+    assert generate_answers(random_llama, tokenizer, ended)[0] == first[0].split()[0]
+    assert generate_answers(random_llama, tokenizer, rows)[0] != first[0].split()[0]
+
+
 def test_generation_settings_of_the_model_are_left_aside_and_put_back(random_llama, tokenizer):
     rows = make_rows(3)
     plain = generate_answers(random_llama, tokenizer, rows, max_new_tokens=8)

@@ -46,7 +46,7 @@ def generate_answers(
             raise ValueError(f"{name} must be at least 1, got {value}.")
     lm, config = causal_lm(model), active_config(model)
     answers: list[str] = [""] * len(rows)
-    with in_eval_mode(model), _plain_greedy(lm, tokenizer) as greedy:
+    with in_eval_mode(model), _plain_greedy(lm, tokenizer, _end_of_rows(tokenizer, rows)) as greedy:
         for batch in by_length([row["prompt_length"] for row in rows], batch_size):
             prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in batch]
             ids, mask = (x.to(lm.device) for x in _pad_left(prompts, greedy.pad_token_id))
@@ -91,14 +91,20 @@ def _pad_left(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.T
     return ids, mask
 
 
+def _end_of_rows(tokenizer, rows: Sequence[dict]) -> list[int]:
+    """The token with which every correct answer ends: a chat template's end of turn need not be the end of text."""
+    last = {row["input_ids"][-1] for row in rows if len(row["input_ids"]) > row["prompt_length"]}
+    return list(last) if len(last) == 1 and last <= set(tokenizer.all_special_ids) else []
+
+
 @contextmanager
-def _plain_greedy(lm: PreTrainedModel, tokenizer) -> Iterator[GenerationConfig]:
+def _plain_greedy(lm: PreTrainedModel, tokenizer, more_ends: list[int]) -> Iterator[GenerationConfig]:
     """Generation settings that hold nothing but where to stop; the model's own ones are put back afterwards.
 
     `generate` fills what a call leaves open from the model's settings, so these must go to be rid of their penalties.
     """
     own = lm.generation_config
-    ends = [own.eos_token_id, tokenizer.eos_token_id]
+    ends = [own.eos_token_id, tokenizer.eos_token_id, more_ends]
     ends = sorted({end for item in ends if item is not None for end in (item if isinstance(item, list) else [item])})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
     lm.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
