@@ -4,6 +4,7 @@ from lrsa.attention import lrsa_attention
 from lrsa.cache import LRSACache
 from lrsa.config import LRSAConfig
 from lrsa.hf import apply_lrsa, remove_lrsa
+from lrsa.loading import load
 from lrsa.scoring import lag_relative_scores
 from lrsa.selection import Selection, select_tokens
 
@@ -14,6 +15,7 @@ __all__ = [
     "Selection",
     "apply_lrsa",
     "lag_relative_scores",
+    "load",
     "lrsa_attention",
     "remove_lrsa",
     "select_tokens",

@@ -1,0 +1,62 @@
+"""An adapter with its base model, its tokenizer and exactly the cache that it was trained for, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lrsa.cache import LRSACache
+from lrsa.config import LRSAConfig
+from lrsa.hf import apply_lrsa, config_of
+
+
+class Loaded(NamedTuple):
+    """What `load` returns: the model under LRSA, its tokenizer, and a function that makes a new cache."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    new_cache: Callable[[], LRSACache]
+
+
+def load(source: str | Path, **model_options) -> Loaded:
+    """Load an adapter that was trained with lrsa, or a model into which one was merged.
+
+        model, tokenizer, new_cache = lrsa.load("user/adapter")
+        inputs = tokenizer(prompt, return_tensors="pt")
+        model.generate(**inputs, past_key_values=new_cache(), max_new_tokens=100)
+
+    Args:
+        source: a directory or Hub id of an adapter with its `lrsa_config.json`, or of a merged model.
+        model_options: passed to `AutoModelForCausalLM.from_pretrained` for the base model (`dtype`, `device_map`, ...).
+
+    Raises:
+        ValueError: when there are no LRSA settings, or they do not fit the base model.
+        ImportError: when an adapter is loaded and peft is not installed.
+    """
+    source = str(source)
+    if _has(source, "adapter_config.json"):
+        from peft import PeftConfig, PeftModel
+
+        config = LRSAConfig.from_pretrained(source)
+        base_name = PeftConfig.from_pretrained(source).base_model_name_or_path
+        model = AutoModelForCausalLM.from_pretrained(base_name, **model_options)
+        model = PeftModel.from_pretrained(model, source)
+    else:
+        base_name = source
+        model = AutoModelForCausalLM.from_pretrained(source, **model_options)
+        # Merging keeps the settings inside the model's own configuration.
+        config = config_of(model) if hasattr(model.config, "lrsa") else LRSAConfig.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source if _has(source, "tokenizer_config.json") else base_name)
+    return Loaded(apply_lrsa(model, config).eval(), tokenizer, lambda: LRSACache(config))
+
+
+def _has(source: str, name: str) -> bool:
+    """Whether a directory or a Hub repository holds a file."""
+    if Path(source).is_dir():
+        return (Path(source) / name).is_file()
+    from huggingface_hub import file_exists
+
+    return file_exists(source, name)
