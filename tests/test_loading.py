@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lrsa
 from lrsa import LRSACache, LRSAConfig, apply_lrsa
@@ -52,6 +52,7 @@ def test_merged_model_keeps_its_settings(saved):
         expected = tuned(inputs).logits
     merged = tuned.merge_and_unload()
     merged.save_pretrained(directory / "merged")
+    AutoTokenizer.from_pretrained(directory / "base").save_pretrained(directory / "merged")
     assert merged.config.lrsa == CONFIG
     model, _, new_cache = lrsa.load(directory / "merged", dtype=torch.float64)
     assert new_cache().config == CONFIG
