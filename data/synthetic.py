@@ -1,6 +1,6 @@
 """Long-context retrieval in plain words: a few facts hidden among filler words, one of them asked for at the end.
 
-The text is made of words and digits separated by blanks, lower case, so a word-level tokenizer reads it word by word and any
+The text is words and digits separated by blanks, lower case: a word-level tokenizer reads it word by word, and any
 subword tokenizer reads it too; digits stand apart ("4 8 2") so that every digit is a token of its own. Everything comes
 from the `random.Random` that is passed in: the same seed and tokenizer give the same rows on every machine.
 """
@@ -10,23 +10,24 @@ from __future__ import annotations
 import random
 from functools import lru_cache
 
-NAMES = (
-    "amber anna apple arrow basil bella birch boston cedar clara coral daisy delta eagle ember falcon fern ginger grace "
-    "harbor hazel iris ivory jade jasper juniper kiwi lemon lily lotus maple marble mango nora olive onyx opal orchid "
-    "otter panda pearl pepper piano poppy quartz raven robin rose ruby sage salem silver stella tiger topaz tulip velvet "
-    "violet walnut willow winter zebra zinc"
+NAMES = (  # noqa: SIM905
+    "amber anna apple arrow basil bella birch boston cedar clara coral daisy delta eagle ember falcon fern ginger "
+    "grace harbor hazel iris ivory jade jasper juniper kiwi lemon lily lotus maple marble mango nora olive onyx "
+    "opal orchid otter panda pearl pepper piano poppy quartz raven robin rose ruby sage salem silver stella tiger "
+    "topaz tulip velvet violet walnut willow winter zebra zinc"
 ).split()
 
-FILLER = (
-    "a about after again air all along also always and animal another answer any around away back be because been before "
-    "below between big book both boy but by call came can car change city close come could country cut day did different do "
-    "does down each earth eat end enough even every eye face family far father feet few find first follow food for form "
-    "found four from get girl give go good great group grow had hand hard has have head hear help her here high him his "
-    "home house how idea if important in into it just keep kind know land large last late leave left letter life light like "
-    "line little live long look made make man many may me mean men might mile more most mother mountain move much must my "
-    "near need never new next night no not now number off often old on once one only open or our out over own page "
-    "paper part people picture place plant play point put read real right river run said same saw say school sea second see "
-    "sentence set she should show side small so some something song soon sound spell state still stop story study such"
+FILLER = (  # noqa: SIM905
+    "a about after again air all along also always and animal another answer any around away back be because been "
+    "before below between big book both boy but by call came can car change city close come could country cut day "
+    "did different do does down each earth eat end enough even every eye face family far father feet few find first "
+    "follow food for form found four from get girl give go good great group grow had hand hard has have head hear "
+    "help her here high him his home house how idea if important in into it just keep kind know land large last "
+    "late leave left letter life light like line little live long look made make man many may me mean men might "
+    "mile more most mother mountain move much must my near need never new next night no not now number off often "
+    "old on once one only open or our out over own page paper part people picture place plant play point put read "
+    "real right river run said same saw say school sea second see sentence set she should show side small so some "
+    "something song soon sound spell state still stop story study such"
 ).split()
 
 
@@ -76,8 +77,8 @@ def _row(rng, tokenizer, context_length, facts, question, answer) -> dict[str, s
     room = context_length - needed
     if room < 0:
         raise ValueError(
-            f"context_length {context_length} is too short for {len(facts)} facts, question and answer, which take {needed} "
-            "tokens: raise context_length, or ask for fewer keys or digits."
+            f"context_length {context_length} is too short for {len(facts)} facts, question and answer, which take "
+            f"{needed} tokens: raise context_length, or ask for fewer keys or digits."
         )
     costs = _filler_costs(tokenizer)
     filler: list[str] = []
@@ -94,11 +95,11 @@ def _row(rng, tokenizer, context_length, facts, question, answer) -> dict[str, s
         if excess <= 0:
             return {"prompt": prompt, "answers": [answer]}
         assert filler, "facts alone were measured to fit"
-        del filler[-excess:]  # words can cost more in company than alone; each is at least one token
+        del filler[-max(1, excess // max(costs.values())) :]  # words can cost more in company than alone
 
 
 def _length(tokenizer, text: str) -> int:
-    """Tokens of a row, with what the tokenizer adds around it and the end-of-text token that is trained after the answer."""
+    """Tokens of a row, with what the tokenizer puts around it and the end-of-text token that follows the answer."""
     return len(tokenizer(text)["input_ids"]) + 1
 
 
