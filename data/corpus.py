@@ -63,7 +63,7 @@ def load(settings: DataSettings, tokenizer, seed: int, smallest_compressed: int)
 
 def _report(rows: Rows, settings: DataSettings, tokenizer, smallest_compressed: int) -> DataReport:
     lengths = [len(row.input_ids) for row in rows.train]
-    trained = sum(len(row.input_ids) - row.prompt_length for row in rows.train)
+    trained = int(sum(row.trained.sum() for row in rows.train))
     numbers, histogram = length_summary(lengths)
     first = rows.train[0]
     return DataReport(
@@ -79,7 +79,7 @@ def _report(rows: Rows, settings: DataSettings, tokenizer, smallest_compressed: 
         trained_share=trained / sum(lengths),
         dropped=_counted(rows.dropped),
         evaluation_dropped=_counted(rows.evaluation_dropped),
-        sample=marked_sample(tokenizer, first.input_ids.tolist(), first.prompt_length),
+        sample=marked_sample(tokenizer, first.input_ids.tolist(), first.trained.tolist()),
         notes=rows.notes,
         warning=compression_warning(lengths, smallest_compressed),
     )

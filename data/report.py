@@ -136,12 +136,16 @@ def compression_warning(lengths: Sequence[int], smallest_compressed: int) -> str
     return None
 
 
-def marked_sample(tokenizer, input_ids: Sequence[int], prompt_length: int) -> list[list]:
+def marked_sample(tokenizer, input_ids: Sequence[int], trained: Sequence[bool]) -> list[list]:
     """A row as `[text, is trained]` pieces whose texts join to the decoded row."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    whole = tokenizer.decode(input_ids, **options)
-    prompt = tokenizer.decode(input_ids[:prompt_length], **options) if prompt_length else ""
-    return [[text, trained] for text, trained in ((prompt, False), (whole[len(prompt) :], True)) if text]
+    pieces, done = [], ""
+    for end in range(1, len(input_ids) + 1):
+        if end == len(input_ids) or trained[end] != trained[end - 1]:
+            text = tokenizer.decode(input_ids[:end], **options)
+            pieces.append([text[len(done) :], bool(trained[end - 1])])
+            done = text
+    return [piece for piece in pieces if piece[0]]
 
 
 def _shortened(sample: list[list]) -> list[list]:

@@ -20,10 +20,19 @@ _BLOCK = 256  # rows per piece of the table, far below the 2**31 tokens that 32-
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of a whole row (int32), of which the first `prompt_length` are not trained."""
+    """Token ids of a whole row (int32), of which the first `prompt_length` are not trained.
+
+    `answers`, where given, says for every token whether it is trained: questions may stand between answers.
+    """
 
     input_ids: np.ndarray
     prompt_length: int
+    answers: np.ndarray | None = field(default=None, kw_only=True)
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Whether each token is trained, bool."""
+        return np.arange(len(self.input_ids)) >= self.prompt_length if self.answers is None else self.answers
 
 
 @dataclass
@@ -47,7 +56,7 @@ def to_dataset(rows: Sequence[Row]) -> datasets.Dataset:
     digest = hashlib.blake2b(digest_size=8)  # of its own accord datasets pickles the whole table to name it
     for row in rows:
         digest.update(row.input_ids)
-        digest.update(str(row.prompt_length).encode())
+        digest.update(row.trained)
     return datasets.Dataset(pa.concat_tables(blocks), fingerprint=digest.hexdigest())
 
 
@@ -55,9 +64,7 @@ def _block(rows: Sequence[Row]) -> pa.Table:
     lengths = np.asarray([len(row.input_ids) for row in rows])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     input_ids = np.concatenate([row.input_ids for row in rows])
-    labels = input_ids.copy()
-    for row, offset in zip(rows, offsets[:-1], strict=True):
-        labels[offset : offset + row.prompt_length] = NOT_TRAINED
+    labels = np.where(np.concatenate([row.trained for row in rows]), input_ids, NOT_TRAINED).astype(np.int32)
     columns = {"input_ids": input_ids, "labels": labels}
     return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
 

@@ -24,6 +24,11 @@ class SyntheticSettings(BaseModel):
     )
     keys: int = Field(4, ge=1, description="Facts in a key_value row, at random depths; passkey rows hold one.")
     digits: int = Field(3, ge=1, description="Digits of each answer; a digit is one token.")
+    questions: int = Field(
+        1,
+        ge=1,
+        description="Facts asked for in a key_value row that is trained, one after the other: more signal a row.",
+    )
     rows: int = Field(4000, ge=1, description="Training rows that are generated (evaluation rows come on top).")
 
 

@@ -32,8 +32,8 @@ FILLER = (  # noqa: SIM905
 
 
 def key_value_row(
-    rng: random.Random, tokenizer, context_length: int, keys: int = 4, digits: int = 3
-) -> dict[str, str | list[str]]:
+    rng: random.Random, tokenizer, context_length: int, keys: int = 4, digits: int = 3, questions: int = 1
+) -> dict[str, str | list]:
     """Facts "code amber 4 8 2 ." at random depths in filler words; the prompt ends by asking for one of them.
 
     Args:
@@ -42,22 +42,31 @@ def key_value_row(
         context_length: most tokens a row may have; the row is as near below it as whole words allow.
         keys: number of facts, each with its own name and code.
         digits: digits of each code.
+        questions: how many of the facts are asked for, one after the other, each after the answer to the last.
 
     Returns:
-        `{"prompt": str, "answers": [str]}`; the answer stands exactly once in the prompt.
+        `{"prompt": str, "answers": [str], "more": [(question, answer), ...]}`; the answer stands exactly once in the
+        prompt; `more` holds what follows the first answer, ". code onyx" and "1 3 5", when there are several questions.
 
     Raises:
-        ValueError: when the facts do not fit, or there are not that many names or codes.
+        ValueError: when the facts do not fit, or there are not that many names, codes or questions.
     """
     if not 1 <= keys <= len(NAMES):
         raise ValueError(f"keys must be between 1 and {len(NAMES)}, got {keys}: that many names exist.")
+    if not 1 <= questions <= keys:
+        raise ValueError(
+            f"questions must be between 1 and keys ({keys}), got {questions}: each fact is asked for once."
+        )
     if digits < 1 or keys > 10**digits:
         raise ValueError(f"digits must be at least 1 and give {keys} different codes, got {digits}: raise digits.")
     names = rng.sample(NAMES, keys)
     codes = [" ".join(f"{code:0{digits}d}") for code in rng.sample(range(10**digits), keys)]
     facts = [f"code {name} {code} ." for name, code in zip(names, codes, strict=True)]
-    asked = rng.randrange(keys)
-    return _row(rng, tokenizer, context_length, facts, f"code {names[asked]}", codes[asked])
+    first, *others = rng.sample(range(keys), questions)
+    more = [(f". code {names[i]}", codes[i]) for i in others]
+    answers = " ".join([codes[first], *(part for pair in more for part in pair)])
+    row = _row(rng, tokenizer, context_length, facts, f"code {names[first]}", answers)
+    return row | {"answers": [codes[first]], "more": more}
 
 
 def passkey_row(rng: random.Random, tokenizer, context_length: int, digits: int = 5) -> dict[str, str | list[str]]:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from test_data_prompt import CHATML, with_template
 
@@ -53,3 +55,20 @@ def test_the_seed_decides(byte_tokenizer):
 def test_facts_that_do_not_fit_name_the_setting(byte_tokenizer):
     with pytest.raises(data.DataError, match=r"data.synthetic: context_length"):
         load(byte_tokenizer, context_length=30)
+
+
+def test_several_questions_train_every_answer_and_nothing_between(byte_tokenizer):
+    corpus = load(byte_tokenizer, context_length=400, eval_rows=2, keys=3, digits=2, questions=3)
+    for row in corpus.train:
+        text = byte_tokenizer.decode(row["input_ids"])
+        pairs = re.findall(r"code (\w+) (\d \d)", text)
+        facts, asked = dict(pairs[:3]), pairs[3:]
+        assert sorted(facts) == sorted(name for name, _ in asked)
+        assert all(facts[name] == code for name, code in asked)
+        answers = byte_tokenizer.decode([label for label in row["labels"] if label != -100])
+        assert answers == "".join(f" {code}" for _, code in asked) + "</s>"
+        assert len(row["input_ids"]) <= 400
+    for row in corpus.evaluation:
+        assert "code" not in byte_tokenizer.decode(row["input_ids"][row["prompt_length"] :])
+    sample = [text for text, trained in corpus.report.sample if trained]
+    assert len(sample) == 3 and not any("code" in text for text in sample)

@@ -37,7 +37,7 @@ def test_the_sample_is_the_first_row_with_its_trained_end_marked(corpus, byte_to
     [(prompt, _), (answer, trained)] = corpus.report.sample
     assert prompt + answer == byte_tokenizer.decode(corpus.train[0]["input_ids"])
     assert answer == " Anna</s>" and trained
-    assert marked_sample(byte_tokenizer, [5, 6], 0) == [[byte_tokenizer.decode([5, 6]), True]]
+    assert marked_sample(byte_tokenizer, [5, 6], [True, True]) == [[byte_tokenizer.decode([5, 6]), True]]
 
 
 def printed(report: data.DataReport) -> str:
