@@ -70,6 +70,17 @@ def test_answer_stands_once_and_is_the_one_asked_for(make, asked, words):
         assert f"{question} {answer} ." in row["prompt"]
 
 
+def test_further_questions_ask_for_other_facts_of_the_row(words):
+    rng = random.Random(7)
+    for _ in range(50):
+        row = key_value_row(rng, words, 256, questions=3)
+        text = " ".join([row["prompt"], *row["answers"], *(part for turn in row["more"] for part in turn)])
+        assert len(row["more"]) == 2 and len({answer for _, answer in row["more"]} | set(row["answers"])) == 3
+        for question, answer in row["more"]:
+            assert f"{question.removeprefix('. ')} {answer} ." in row["prompt"]
+        assert len(words(text)["input_ids"]) + 1 == 256
+
+
 def test_facts_stand_at_all_depths(words):
     rng = random.Random(3)
     depths = []
@@ -94,6 +105,7 @@ def test_settings_are_honoured(words):
         (dict(keys=0), "keys"),
         (dict(digits=0), "digits"),
         (dict(keys=11, digits=1), "digits"),
+        (dict(keys=2, questions=3), "questions"),
     ],
 )
 def test_impossible_settings_name_the_field(settings, field, words):
