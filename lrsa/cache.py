@@ -121,7 +121,7 @@ class LRSALayer(CacheLayerMixin):
         new = [tokens] * len(self.seen) if attention_mask is None else attention_mask.bool().sum(1).tolist()
         if not any(self.seen):
             documents = find_documents(attention_mask, position_ids, (len(new), tokens))
-            if sum(len(new) if group.whole else len(group.index) for group in documents) > len(new):
+            if sum(group.shape[0] for group in documents) > len(new):
                 raise ValueError("an LRSACache row holds one document, got packed rows: give each a row of its own.")
             out = lrsa_attention(
                 query, key, value, self.config, scale=scale, position_ids=position_ids, attention_mask=attention_mask

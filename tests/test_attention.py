@@ -40,7 +40,7 @@ def assert_equal(found, expected, atol=1e-12):
 @pytest.mark.parametrize("tokens", [1, 9, 36, 37, 50, 64, 97, 131])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_equals_reference(impl, tokens, config):
-    for heads, kv_heads, batch in ((4, 4, 1), (4, 2, 2), (7, 1, 1)):
+    for heads, kv_heads, batch in ((4, 4, 1), (4, 2, 2), (8, 2, 1), (7, 1, 1)):
         states, grad = inputs(batch, heads, kv_heads, tokens)
         assert_equal(run(states, grad, config, impl=impl), run(states, grad, config, impl="reference"))
 
@@ -152,7 +152,7 @@ def test_causal(impl, monkeypatch):
 
         def leaky(*args):
             for first, piece in true_pieces(*args):
-                leaks = piece.compact and piece.query > 20 and piece.rows == config.lag_size
+                leaks = piece.compact and piece.rows == config.lag_size and piece.blocks > 1
                 yield first, piece._replace(columns=piece.columns + leaks * config.top_k)
 
         monkeypatch.setattr(rectangles, "pieces", leaky)
@@ -173,7 +173,7 @@ def test_every_pair_is_computed_once(square, together):
             for _, piece in rectangles.pieces(length, config, True, square, together):
                 for block in range(piece.blocks):
                     rows = torch.arange(piece.rows) + piece.query + block * piece.step
-                    columns = torch.arange(piece.columns) + piece.key + block * piece.step
+                    columns = torch.arange(piece.columns) + piece.key + block * piece.key_step
                     columns = compact[columns] if piece.compact else columns
                     ones = torch.ones(len(rows), len(columns), dtype=torch.long)
                     found[rows[:, None], columns] += ones.tril() if piece.causal else ones
@@ -228,7 +228,7 @@ def test_memory_grows_linearly():
 def test_similar_lengths_share_a_group():
     mask = (torch.arange(100) < torch.tensor([100, 90, 80, 10, 9])[:, None]).long()
     groups = find_documents(mask, None, (5, 100))
-    assert [tuple(group.index.shape) for group in groups] == [(3, 100), (2, 10)]
+    assert [group.shape for group in groups] == [(2, 100), (1, 80), (2, 10)]
     assert find_documents(torch.ones(2, 4), torch.arange(4)[None], (2, 4))[0].whole
 
 
@@ -236,7 +236,7 @@ def test_mask_changed_in_place_is_seen():
     mask = torch.ones(1, 10, dtype=torch.long)
     assert find_documents(mask, None, (1, 10))[0].whole
     mask[0, :3] = 0
-    assert find_documents(mask, None, (1, 10))[0].index.shape == (1, 7)
+    assert find_documents(mask, None, (1, 10))[0].shape == (1, 7)
 
 
 def test_rows_without_a_real_token():

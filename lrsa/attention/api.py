@@ -1,6 +1,6 @@
 """The public attention function: checks, cutting the batch into documents, and the choice of implementation.
 
-Shapes: B batch, H query heads, G KV heads, T tokens of a row, D head dim; N documents of at most M tokens.
+Shapes: B batch, H query heads, G KV heads, T tokens of a row, D head dim.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import torch
 
 from lrsa.attention import rectangles, reference
-from lrsa.attention.documents import Group, find_documents
+from lrsa.attention.documents import Gather, Scatter, find_documents
 from lrsa.config import LRSAConfig
 
 logger = logging.getLogger(__name__)
@@ -56,17 +56,11 @@ def lrsa_attention(
     groups = find_documents(attention_mask, position_ids, (query.shape[0], query.shape[2]))
     if len(groups) == 1 and groups[0].whole:
         return attend(query, key, value, config, scale)
-    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    out = torch.zeros_like(tokens[0])
-    for group in groups:
-        found = attend(*(_take(x, group) for x in tokens), config, scale).transpose(1, 2)
-        out = out.index_put((group.index[group.valid],), found[group.valid])
-    return out.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2)
-
-
-def _take(tokens: torch.Tensor, group: Group) -> torch.Tensor:
-    """`[B * T, H, D]` -> the documents of a group, `[N, H, M, D]`; what lies behind a document's end is never seen."""
-    return tokens[group.index].transpose(1, 2).contiguous()
+    if not groups:
+        return torch.zeros_like(query)
+    parts = zip(*(Gather.apply(x, groups) for x in (query, key, value)), strict=True)
+    found = [attend(*part, config, scale) for part in parts]
+    return Scatter.apply(groups, (query.shape[0], query.shape[2]), *found)
 
 
 @functools.cache

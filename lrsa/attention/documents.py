@@ -1,6 +1,7 @@
 """Which tokens of a batch belong together: rows without their padding, cut where position ids restart.
 
-Shapes: B batch, T tokens of a padded row, N documents of one group, M tokens of the longest of them.
+Shapes: B batch, H heads, T tokens of a padded row, D head dim; R real tokens of the N documents of one group, of which
+the longest has M.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 # Documents this much shorter than the longest of their group go into the next group: it bounds the padded share.
-SHORTEST_SHARE = 0.75
+SHORTEST_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,67 @@ class Group:
     """Documents of similar length, laid out from their first token on and padded behind their last.
 
     Attributes:
-        index: int64 `[N, M]`, position of the token in the flattened batch `B * T` (0 for padding).
-        valid: bool `[N, M]`.
-        whole: the group is all rows of the batch just as they lie: nothing has to be gathered.
+        tokens: int64 `[R]`, the real tokens: their positions in the flattened batch `B * T`.
+        places: int64 `[R]`, where they go in the flattened group `N * M`.
+        shape: `(N, M)`.
+        whole: the group is all rows of the batch just as they lie: nothing has to be moved.
     """
 
-    index: torch.Tensor | None
-    valid: torch.Tensor | None
+    tokens: torch.Tensor | None
+    places: torch.Tensor | None
+    shape: tuple[int, int]
     whole: bool = False
+
+
+class Gather(torch.autograd.Function):
+    """States of a batch `[B, H, T, D]` -> those of its groups, each `[N, H, M, D]`, 0 behind a document's end.
+
+    A token has one place at most, so the gradient is moved back as it came; autograd would add up.
+    """
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, groups: list[Group]) -> tuple[torch.Tensor, ...]:
+        ctx.groups, ctx.shape = groups, (states.shape[0], states.shape[2])
+        return _gather(states, groups)
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _scatter(grads, ctx.groups, ctx.shape), None
+
+
+class Scatter(torch.autograd.Function):
+    """The way back: states of groups -> those of the batch of shape `(B, T)`, 0 at padding."""
+
+    @staticmethod
+    def forward(ctx, groups: list[Group], shape: tuple[int, int], *parts: torch.Tensor) -> torch.Tensor:
+        ctx.groups = groups
+        return _scatter(parts, groups, shape)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        return None, None, *_gather(grad, ctx.groups)
+
+
+def _gather(states: torch.Tensor, groups: list[Group]) -> tuple[torch.Tensor, ...]:
+    tokens = states.transpose(1, 2).flatten(0, 1)
+    return tuple(
+        _moved(tokens, g.tokens, g.places, g.shape[0] * g.shape[1]).unflatten(0, g.shape).transpose(1, 2)
+        for g in groups
+    )
+
+
+def _scatter(parts: tuple[torch.Tensor, ...], groups: list[Group], shape: tuple[int, int]) -> torch.Tensor:
+    _, heads, _, channels = parts[0].shape
+    total = parts[0].new_zeros(shape[0] * shape[1], heads, channels)
+    for part, group in zip(parts, groups, strict=True):
+        total[group.tokens] = part.transpose(1, 2).flatten(0, 1)[group.places]
+    return total.unflatten(0, shape).transpose(1, 2)
+
+
+def _moved(tokens: torch.Tensor, source: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
+    moved = tokens.new_zeros(length, *tokens.shape[1:])
+    moved[places] = tokens[source]
+    return moved
 
 
 _memo: tuple | None = None  # every layer of a model asks about the same two tensors
@@ -50,7 +104,7 @@ def find_documents(
     """
     global _memo
     if attention_mask is None and position_ids is None:
-        return [Group(None, None, whole=True)]
+        return [Group(None, None, shape, whole=True)]
     asked = (_identity(attention_mask), _identity(position_ids), shape)
     if (
         _memo is not None
@@ -82,7 +136,7 @@ def _find(attention_mask, position_ids, shape) -> list[Group]:
     first = start.nonzero().squeeze(1)
     length = torch.diff(first, append=torch.tensor([len(flat)]))
     if len(first) == batch and (length == tokens).all():
-        return [Group(None, None, whole=True)]
+        return [Group(None, None, shape, whole=True)]
     groups = []
     order = length.argsort(descending=True, stable=True)
     while len(order):
@@ -91,6 +145,7 @@ def _find(attention_mask, position_ids, shape) -> list[Group]:
         group, order = order[:members].sort().values, order[members:]
         offset = torch.arange(longest)
         valid = offset < length[group][:, None]
-        index = torch.where(valid, flat[(first[group][:, None] + offset).clamp(max=len(flat) - 1)], 0)
-        groups.append(Group(index.to(device), valid.to(device)))
+        tokens = flat[(first[group][:, None] + offset)[valid]]
+        places = valid.flatten().nonzero().squeeze(1)
+        groups.append(Group(tokens.to(device), places.to(device), tuple(valid.shape)))
     return groups

@@ -1,14 +1,8 @@
 """Sparse attention as plain pieces without any mask: nothing is computed that the rule does not ask for.
 
-The queries of a window see three sets of keys, and each is a rectangle or a causal square:
-
-                 sink, kept 0 .. p-2     window p-1     window p
-    window p          all                    all          causal
-
-A causal square in turn is cut into small ones along the diagonal and rectangles below it, because kernels waste up to
-half of a small causal square. The pieces of a row are merged by their log-sum-exp. The backward calls each piece's own
-backward with the merged output and log-sum-exp, as PyTorch's context parallelism does. Nothing of size `T x T` exists,
-and no gradient flows through the selection.
+`lrsa.attention.pieces` cuts a row into rectangles and causal squares. Here they are computed one after the other and
+merged by their log-sum-exp. The backward calls each piece's own backward with the merged output and log-sum-exp, as
+PyTorch's context parallelism does. Nothing of size `T x T` exists, and no gradient flows through the selection.
 
 Shapes: B batch, H query heads, G KV heads, T query tokens, S key tokens, C kept tokens and sink, D head dim.
 """
@@ -16,12 +10,12 @@ Shapes: B batch, H query heads, G KV heads, T query tokens, S key tokens, C kept
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from lrsa.attention import kernels
+from lrsa.attention.pieces import Piece, pieces
 from lrsa.config import LRSAConfig
 from lrsa.selection import select_tokens
 
@@ -57,66 +51,6 @@ def _dense(query, key, value, scale):
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=None if tokens == 1 else mask, scale=scale, enable_gqa=True
     )
-
-
-class Piece(NamedTuple):
-    """Equal blocks of attention: block `i` is `rows` queries from `query + i * step` on over `columns` keys."""
-
-    query: int
-    rows: int
-    key: int
-    columns: int
-    compact: bool = False  # keys are counted in [sink | kept], else in the row itself
-    causal: bool = False
-    blocks: int = 1
-    step: int = 0
-
-
-def pieces(
-    length: int, config: LRSAConfig, sink_queries: bool, square: int, together: int
-) -> Iterator[tuple[bool, Piece]]:
-    """All pieces of a row of `length` tokens; `True` marks those that are the first for their queries.
-
-    Args:
-        sink_queries: whether the queries of the sink are asked for.
-        square: largest causal square that is not cut.
-        together: tokens of windows whose pieces are computed at once.
-    """
-    sink, lag = config.sink_size, config.lag_size
-    if sink_queries and sink:
-        yield True, Piece(0, sink, 0, sink, causal=True)
-    whole = (length - sink) // lag
-    leaf = lag
-    while leaf > square and leaf % 2 == 0:
-        leaf //= 2
-    several = max(together // lag, 1)
-    for first in range(0, whole, several):
-        count = min(several, whole - first)
-        start = sink + first * lag
-        yield True, Piece(start, leaf, start, leaf, causal=True, blocks=count * lag // leaf, step=leaf)
-        half = leaf
-        while half < lag:
-            blocks = count * lag // (2 * half)
-            yield False, Piece(start + half, half, start, half, blocks=blocks, step=2 * half)
-            half *= 2
-        skipped = first == 0  # window 0 has none before it
-        if count > skipped:
-            start += skipped * lag
-            yield False, Piece(start, lag, start - lag, lag, blocks=count - skipped, step=lag)
-        for window in range(first, first + count):
-            yield from _far(window, lag, config)
-    rest = length - sink - whole * lag
-    if rest:
-        start = sink + whole * lag
-        yield True, Piece(start, rest, start, rest, causal=True)
-        yield False, Piece(start, rest, start - lag, lag)
-        yield from _far(whole, rest, config)
-
-
-def _far(window: int, rows: int, config: LRSAConfig) -> Iterator[tuple[bool, Piece]]:
-    columns = config.sink_size + config.top_k * max(window - 1, 0)
-    if columns:
-        yield False, Piece(config.sink_size + window * config.lag_size, rows, 0, columns, compact=True)
 
 
 # Operators of their own, so that selective checkpointing can keep the output and compilers see one opaque call.
@@ -185,7 +119,7 @@ def _attend_backward(
         else:
             total += grad_query
         for total, found in zip(grads[piece.compact], grad_states, strict=True):
-            part = _blocks(total, piece.key, piece.columns, piece)
+            part = _keys(total, piece)
             part += found
     for total, compact in zip(grads[False], grads[True], strict=True):
         _scatter(total, compact, index, config)
@@ -238,20 +172,23 @@ def _plan(rows: torch.Tensor, states: dict, config: LRSAConfig) -> Iterator[tupl
 
 def _take(piece: Piece, before: int, rows: torch.Tensor, states: dict) -> list[torch.Tensor]:
     """Query, key and value of a piece."""
-    keys_values = (_blocks(x, piece.key, piece.columns, piece) for x in states[piece.compact])
-    return [_queries(rows, piece, before), *keys_values]
+    return [_queries(rows, piece, before), *(_keys(x, piece) for x in states[piece.compact])]
 
 
 def _queries(states: torch.Tensor, piece: Piece, before: int) -> torch.Tensor:
-    return _blocks(states, piece.query - before, piece.rows, piece)
+    return _blocks(states, piece.query - before, piece.rows, piece.blocks, piece.step)
 
 
-def _blocks(states: torch.Tensor, start: int, tokens: int, piece: Piece) -> torch.Tensor:
-    """A view of flat states `[1, H, T, D]` as the blocks of a piece, `[blocks, H, tokens, D]`."""
+def _keys(states: torch.Tensor, piece: Piece) -> torch.Tensor:
+    return _blocks(states, piece.key, piece.columns, piece.blocks, piece.key_step)
+
+
+def _blocks(states: torch.Tensor, start: int, tokens: int, blocks: int, step: int) -> torch.Tensor:
+    """A view of flat states `[1, H, T, D]` as `[blocks, H, tokens, D]`, one block every `step` tokens."""
     _, by_head, by_token, by_channel = states.stride()
     return states.as_strided(
-        (piece.blocks, states.shape[1], tokens, states.shape[3]),
-        (piece.step * by_token, by_head, by_token, by_channel),
+        (blocks, states.shape[1], tokens, states.shape[3]),
+        (step * by_token, by_head, by_token, by_channel),
         states.storage_offset() + start * by_token,
     )
 
