@@ -1,4 +1,4 @@
-"""The five numbers that define Lag-Relative Sparse Attention, checked once and stored beside every adapter."""
+"""The few settings that define Lag-Relative Sparse Attention, checked once and stored beside every adapter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 CONFIG_NAME = "lrsa_config.json"
+SCORES = ("lag_relative", "recent", "random")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class LRSAConfig(dict):
         top_k: tokens `K` kept of every window, for each KV head. `top_k == lag_size` keeps everything: dense attention.
         value_weight: weight of the values' score against the keys' score (LagKV's `score_v_ratio`).
         skip_layers: indices of layers that stay dense, in training and in the cache.
+        score: what tokens are ranked by: "lag_relative" is the method; "recent" (the last of a window are kept) and
+            "random" are controls of equal budget for experiments.
 
     Raises:
         ValueError: naming every field that cannot be used, its value, what is allowed and what to change.
@@ -31,6 +34,7 @@ class LRSAConfig(dict):
     top_k: int = 32
     value_weight: float = 1.0
     skip_layers: tuple[int, ...] = ()
+    score: str = "lag_relative"
 
     def __post_init__(self):
         problems = self._problems()
@@ -39,6 +43,8 @@ class LRSAConfig(dict):
         object.__setattr__(self, "value_weight", float(self.value_weight))
         object.__setattr__(self, "skip_layers", tuple(sorted(set(self.skip_layers))))
         self.update(asdict(self) | {"skip_layers": list(self.skip_layers)})
+        if self.score == SCORES[0]:
+            del self["score"]  # a control of experiments has no place in the file of an ordinary adapter
 
     def _problems(self) -> list[str]:
         problems = []
@@ -60,6 +66,10 @@ class LRSAConfig(dict):
         if not isinstance(layers, (list, tuple, set, frozenset)) or not all(_is_int(i) and i >= 0 for i in layers):
             problems.append(
                 f"skip_layers must be a list of layer indices counted from 0, got {layers!r}: for example [0, 1]."
+            )
+        if self.score not in SCORES:
+            problems.append(
+                f"score must be one of {', '.join(SCORES)}, got {self.score!r}: lag_relative is the method."
             )
         return problems
 

@@ -122,6 +122,9 @@ def lrsa_attention_forward(
             position_ids=position_ids,
             attention_mask=attention_mask,
         )
+        supervision = kwargs.get("lrsa_supervision")
+        if supervision is not None:
+            out = supervision.attach(module.layer_idx, query, key, value, out, scaling, position_ids, attention_mask)
     return out.transpose(1, 2), None
 
 

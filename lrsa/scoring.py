@@ -39,20 +39,29 @@ def lag_relative_scores(keys: torch.Tensor, values: torch.Tensor, config: LRSACo
 
 
 def _window_softmax(states: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
-    """softmax over a window's tokens of the std over channels, after min-max normalisation by the next window."""
+    states = states.float() if states.dtype == torch.float64 else states
+    return window_deviation(states, config).softmax(dim=-1)
+
+
+def window_deviation(states: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
+    """Std over channels, after min-max normalisation by the next window: fp32 `[B, G, max(W - 1, 0), L]`.
+
+    Differentiable, unlike the scores: the training objective "selection" teaches it which tokens to single out.
+    """
     count = max(states.shape[2] - config.sink_size, 0) // config.lag_size
     if count < 2:
         return states.new_zeros(*states.shape[:2], 0, config.lag_size, dtype=torch.float32)
+    exact = torch.promote_types(states.dtype, torch.float32)
     body = states[:, :, config.sink_size : config.sink_size + count * config.lag_size]
     windows = body.reshape(*states.shape[:2], count, config.lag_size, states.shape[-1])
-    window, reference = windows[:, :, :-1].float(), windows[:, :, 1:]
-    low, high = reference.amin(3, keepdim=True).float(), reference.amax(3, keepdim=True).float()
+    window, reference = windows[:, :, :-1].to(exact), windows[:, :, 1:]
+    low, high = reference.amin(3, keepdim=True).to(exact), reference.amax(3, keepdim=True).to(exact)
     spread = high - low
     # A channel that is constant in the reference says nothing: it contributes 0, where LagKV divides by zero.
-    factor = torch.where(spread > 0, spread.reciprocal(), 0.0).clamp_(max=1e30)
+    factor = torch.where(spread > 0, spread, torch.inf).reciprocal().clamp(max=1e30)
     normalised = (window - low) * factor
     # The same as normalised.std(-1), which PyTorch computes fifteen times slower on a CPU.
     centred = normalised - normalised.mean(-1, keepdim=True)
     deviation = torch.linalg.vector_norm(centred, dim=-1) / max(states.shape[-1] - 1, 1) ** 0.5
     # Only a channel that is all but constant overflows; the scores stay finite even then.
-    return deviation.nan_to_num().softmax(dim=-1)
+    return deviation.nan_to_num()

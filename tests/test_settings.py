@@ -56,7 +56,8 @@ BROKEN = {
     ),
     "unlike any key": (
         ("  sink_size", "  banana"),
-        "run.yaml:4 lrsa.banana: unknown setting; allowed are sink_size, lag_size, top_k, value_weight, skip_layers",
+        "run.yaml:4 lrsa.banana: unknown setting; "
+        "allowed are sink_size, lag_size, top_k, value_weight, skip_layers, score",
     ),
     "key of another section": (
         ("  rows: 5", "  top_k: 5"),

@@ -145,7 +145,7 @@ def _find(attention_mask, position_ids, shape) -> list[Group]:
         group, order = order[:members].sort().values, order[members:]
         offset = torch.arange(longest)
         valid = offset < length[group][:, None]
-        tokens = flat[(first[group][:, None] + offset)[valid]]
+        source = flat[(first[group][:, None] + offset)[valid]]
         places = valid.flatten().nonzero().squeeze(1)
-        groups.append(Group(tokens.to(device), places.to(device), tuple(valid.shape)))
+        groups.append(Group(source.to(device), places.to(device), tuple(valid.shape)))
     return groups

@@ -63,10 +63,11 @@ def _attend(
     lag_size: int,
     top_k: int,
     value_weight: float,
+    score: str,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output `[B, H, T, D]`, log-sum-exp `[1, B * H, T, 1]` and kept positions `[B, G, W - 1, K]`."""
-    config = LRSAConfig(sink_size, lag_size, top_k, value_weight)
+    config = LRSAConfig(sink_size, lag_size, top_k, value_weight, score=score)
     index = select_tokens(key, value, config).index
     rows, states = _flat(query), _states(key, value, index, config)
     exact = torch.promote_types(query.dtype, torch.float32)
@@ -97,10 +98,11 @@ def _attend_backward(
     lag_size: int,
     top_k: int,
     value_weight: float,
+    score: str,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value."""
-    config = LRSAConfig(sink_size, lag_size, top_k, value_weight)
+    config = LRSAConfig(sink_size, lag_size, top_k, value_weight, score=score)
     grad, rows, out, states = _flat(grad), _flat(query), _flat(out), _states(key, value, index, config)
     exact = torch.promote_types(query.dtype, torch.float32)
     grad_rows = _token_major(rows, exact)
@@ -128,7 +130,7 @@ def _attend_backward(
 
 
 @_attend.register_fake
-def _(query, key, value, sink_size, lag_size, top_k, value_weight, scale):
+def _(query, key, value, sink_size, lag_size, top_k, value_weight, score, scale):
     exact = torch.promote_types(query.dtype, torch.float32)
     rows = query.new_empty(1, query.shape[0] * query.shape[1], *query.shape[2:])
     windows = (key.shape[2] - sink_size) // lag_size - 1
@@ -157,8 +159,8 @@ def _backward(ctx, grad, grad_lse, grad_index):
 _attend.register_autograd(_backward, setup_context=_setup)
 
 
-def _numbers(config: LRSAConfig) -> tuple[int, int, int, float]:
-    return config.sink_size, config.lag_size, config.top_k, config.value_weight
+def _numbers(config: LRSAConfig) -> tuple[int, int, int, float, str]:
+    return config.sink_size, config.lag_size, config.top_k, config.value_weight, config.score
 
 
 def _plan(rows: torch.Tensor, states: dict, config: LRSAConfig) -> Iterator[tuple[bool, Piece, int]]:

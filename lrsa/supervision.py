@@ -1,0 +1,209 @@
+"""Teaches the selection which tokens will be asked for: a loss on the scores, computed inside the attention function.
+
+The scores have no parameters, but they are made of keys and values, which LoRA does change. The target is where a
+teacher with the full cache looks: the attention that later queries send to every token of a window. The loss is the
+cross-entropy between that and the softmax of the window's scores. Its gradient is attached to the attention's output,
+as mixture-of-experts code attaches auxiliary losses, so that it survives checkpointing, ZeRO and accumulation.
+
+Shapes: B batch, H query heads, G KV heads, T tokens of a row, D head dim; of N documents M tokens each, A of them
+queries, W complete windows, L = lag_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from lrsa.attention.documents import Gather, Group, find_documents
+from lrsa.config import LRSAConfig
+from lrsa.scoring import window_deviation
+
+BLOCK = 2**24  # attention weights held at once
+
+
+class SelectionSupervision:
+    """Targets and loss of the selection for one batch, over all layers of a model.
+
+    First the teacher runs within `record()`, then the student; both as `model(**inputs, lrsa_supervision=self)` under
+    the attention "lrsa". `attach` is called by the attention function.
+
+    Args:
+        config: the settings whose selection is taught; `top_k` does not matter.
+        asked: bool `[B, T]`, the tokens whose queries count; those whose next token is trained, say.
+        layers: indices of the layers that are taught.
+        weight: of the loss, a mean over layers, rows and KV heads, against the loss it is trained with.
+        temperature: factor of the scores' deviations before their softmax. LagKV's own softmax is almost flat.
+        queries: at most so many of a document's asked tokens are used, spread evenly; they bound time and memory.
+
+    Attributes:
+        losses: layer -> loss of this batch without the weight, in nats per token of attention.
+        upstream: factor that the backward of the whole loss starts with; see `scale_with`.
+    """
+
+    def __init__(
+        self,
+        config: LRSAConfig,
+        asked: torch.Tensor,
+        layers: Sequence[int],
+        weight: float = 1.0,
+        temperature: float = 20.0,
+        queries: int = 256,
+    ):
+        self.config = config
+        self.asked = asked
+        self.layers = layers
+        self.weight = weight
+        self.temperature = temperature
+        self.queries = queries
+        self.losses: dict[int, torch.Tensor] = {}
+        self.upstream: torch.Tensor | float = 1.0
+        self._targets: dict[int, list[torch.Tensor]] = {}
+        self._recording = False
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Within it, forwards note where the model looks instead of teaching it."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def scale_with(self, loss: torch.Tensor) -> None:
+        """Let the gradient that reaches `loss` scale the supervision: accumulation, loss scaling, averaging."""
+
+        def remember(grad: torch.Tensor) -> None:
+            self.upstream = grad
+
+        loss.register_hook(remember)
+
+    def attach(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        scale: float | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """In the teacher's pass, note the layer's targets; in the student's, attach the loss's gradient to `out`.
+
+        Args:
+            layer: index of the layer.
+            query, key, value, scale, position_ids, attention_mask: as `lrsa_attention` takes them.
+            out: the attention's output.
+
+        Returns:
+            `out`.
+        """
+        groups = find_documents(attention_mask, position_ids, (query.shape[0], query.shape[2]))
+        if layer not in self.layers or not groups:
+            return out
+        if self._recording:
+            asked = _places(self.asked, groups, self.queries)
+            parts = zip(asked, *(_laid_out(x, groups) for x in (query, key)), strict=True)
+            self._targets[layer] = [future_attention(q, k, at, self.config, scale) for at, q, k in parts]
+            return out
+        if not torch.is_grad_enabled():
+            return out
+        parts = zip(self._targets[layer], *(_laid_out(x, groups) for x in (key, value)), strict=True)
+        losses = torch.cat([selection_loss(*part, self.config, self.temperature) for part in parts])
+        if not len(losses):
+            return out
+        loss = losses.mean()
+        self.losses[layer] = loss.detach()
+        return _Attach.apply(out, loss, self, self.weight / len(self.layers))
+
+
+class _Attach(torch.autograd.Function):
+    """The output unchanged; in the backward the loss gets its weight as gradient, as if it were added at the end."""
+
+    @staticmethod
+    def forward(ctx, out, loss, supervision: SelectionSupervision, weight: float):
+        ctx.supervision, ctx.weight = supervision, weight
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        upstream = torch.as_tensor(ctx.supervision.upstream, device=grad.device, dtype=torch.float32)
+        return grad, ctx.weight * upstream, None, None
+
+
+@torch.no_grad()
+def future_attention(
+    query: torch.Tensor, key: torch.Tensor, asked: torch.Tensor, config: LRSAConfig, scale: float | None = None
+) -> torch.Tensor:
+    """How much attention later queries send to each token, with the full cache.
+
+    A query counts for the windows at distance two or more before its own: those it meets compressed.
+
+    Args:
+        query: `[N, H, M, D]`; key: `[N, G, M, D]`, of documents from their first token on.
+        asked: int64 `[N, A]`, positions of the queries that count, -1 where a document has fewer.
+
+    Returns:
+        `[N, G, W - 1, L]` fp32 (fp64 for fp64), summed over those queries and the query heads of a KV head. Memory
+        grows linearly in `M`.
+    """
+    documents, heads, tokens, channels = query.shape
+    kv_heads, key = key.shape[1], key.to(torch.promote_types(key.dtype, torch.float32))
+    count = max(max(tokens - config.sink_size, 0) // config.lag_size - 1, 0)
+    total = key.new_zeros(documents, kv_heads, count * config.lag_size)
+    first, stop = config.sink_size, config.sink_size + count * config.lag_size
+    scale = channels**-0.5 if scale is None else scale
+    position = torch.arange(tokens, device=query.device)
+    window = (position - config.sink_size).div(config.lag_size, rounding_mode="floor")
+    for at in asked.split(max(BLOCK // (documents * heads * tokens), 1), dim=1):
+        rows = query.gather(2, at.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, channels))
+        rows = rows.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # the query heads of a KV head behind each other
+        at = at[:, None, :].expand(-1, heads // kv_heads, -1).flatten(1)
+        scores = rows.to(key.dtype) @ key.transpose(-1, -2) * scale
+        weights = scores.masked_fill(position > at[:, None, :, None], float("-inf"))
+        weights = weights.softmax(-1).nan_to_num()[..., first:stop]  # of absent queries all scores are -inf
+        compressed = window[at.clamp(min=0)][..., None] - window[first:stop] >= 2
+        total += (weights * compressed[:, None]).sum(2)
+    return total.unflatten(2, (count, config.lag_size))
+
+
+def selection_loss(
+    target: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: LRSAConfig, temperature: float
+) -> torch.Tensor:
+    """Cross-entropy between the attention that tokens will get and the softmax of their window's scores.
+
+    Args:
+        target: `[N, G, W - 1, L]`, from `future_attention`.
+        key, value: `[N, G, M, D]`; gradients flow to both.
+        temperature: factor of the deviations before the softmax over a window.
+
+    Returns:
+        One loss for each document and KV head to which attention is sent at all, at most `[N * G]`: the sum over
+        windows and tokens, normalised by the target's total.
+    """
+    deviation = window_deviation(key, config) + config.value_weight * window_deviation(value, config)
+    surprise = -(temperature * deviation).log_softmax(-1)
+    total = target.sum((2, 3))
+    some = total > 0
+    return (target * surprise).sum((2, 3))[some] / total[some]
+
+
+def _laid_out(states: torch.Tensor, groups: list[Group]) -> tuple[torch.Tensor, ...]:
+    return (states,) if len(groups) == 1 and groups[0].whole else Gather.apply(states, groups)
+
+
+def _places(asked: torch.Tensor, groups: list[Group], most: int) -> list[torch.Tensor]:
+    """For each group the positions of asked tokens within their documents, `[N, A]`, -1 behind the last."""
+    result = []
+    for marks in _laid_out(asked[:, None, :, None], groups):
+        found = []
+        for document in marks[:, 0, :, 0]:
+            at = document.nonzero().squeeze(1)
+            if len(at) > most:
+                at = at[torch.linspace(0, len(at) - 1, most, device=at.device).round().long()]
+            found.append(at)
+        result.append(pad_sequence(found, batch_first=True, padding_value=-1))
+    return result
