@@ -10,7 +10,7 @@ import pydantic
 
 from data.settings import DataSettings
 from lrsa import LRSAConfig
-from train.sections import EvalSettings, LoraSettings, ModelSettings
+from train.sections import EvalSettings, LoraSettings, ModelSettings, ObjectiveSettings
 
 TRAIN = """\
   TRL's SFTConfig names, verbatim: output_dir, max_steps, num_train_epochs, learning_rate, warmup_steps,
@@ -26,6 +26,7 @@ def sections_help() -> str:
         ("model", _pydantic_lines(ModelSettings)),
         ("lrsa", _lrsa_lines()),
         ("lora", _pydantic_lines(LoraSettings)),
+        ("objective", _pydantic_lines(ObjectiveSettings)),
         ("data", _pydantic_lines(DataSettings)),
         ("train", [TRAIN]),
         ("eval", _pydantic_lines(EvalSettings)),

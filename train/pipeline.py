@@ -130,6 +130,7 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
             processing_class=tokenizer,
             peft_config=lora_config(settings.lora),
             lrsa=lrsa,
+            objective=settings.objective,
         )
     except ValueError as error:
         raise SettingsError([Problem("", "train, lora", f"refused by TRL or PEFT: {error}")]) from error

@@ -70,7 +70,7 @@ def _refuse_other_settings(settings: RunSettings, directory: Path) -> None:
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     now = yaml.safe_load(settings.to_yaml())
     problems = []
-    for section in ("model", "lrsa", "lora", "data"):
+    for section in ("model", "lrsa", "lora", "objective", "data"):
         for name, value in now[section].items():
             was = before.get(section, {}).get(name, value)
             if was != value:

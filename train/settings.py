@@ -12,12 +12,12 @@ from data.settings import DataSettings
 from lrsa import LRSAConfig
 from train.local_files import check_deepspeed, with_data_files, with_model_files
 from train.problems import SettingsError, did_you_mean, unknown_setting
-from train.sections import EvalSettings, LoraSettings, ModelSettings
+from train.sections import EvalSettings, LoraSettings, ModelSettings, ObjectiveSettings
 from train.sources import Source, read_source
 from train.trainer_names import check_trainer_values, trainer_names
 from train.wording import in_words
 
-SECTIONS = ("model", "lrsa", "lora", "data", "train", "eval")
+SECTIONS = ("model", "lrsa", "lora", "objective", "data", "train", "eval")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class RunSettings:
     model: ModelSettings
     lrsa: LRSAConfig
     lora: LoraSettings
+    objective: ObjectiveSettings
     data: DataSettings
     train: dict
     eval: EvalSettings
@@ -38,6 +39,7 @@ class RunSettings:
             "model": self.model.model_dump(mode="json"),
             "lrsa": self.lrsa.to_dict(),
             "lora": self.lora.model_dump(mode="json"),
+            "objective": self.objective.model_dump(mode="json"),
             "data": self.data.model_dump(mode="json"),
             "train": self.train,
             "eval": self.eval.model_dump(mode="json"),
@@ -65,6 +67,7 @@ def load_settings(config: str, overrides: list[str] | None = None) -> RunSetting
         "model": _build(ModelSettings, "model", model_values, found),
         "lrsa": _build_lrsa(sections["lrsa"], found),
         "lora": _build(LoraSettings, "lora", sections["lora"], found),
+        "objective": _build(ObjectiveSettings, "objective", sections["objective"], found),
         "data": _build(DataSettings, "data", with_data_files(source, sections["data"]), found),
         "eval": _build(EvalSettings, "eval", sections["eval"], found),
     }
@@ -123,7 +126,8 @@ def _with_homes(sections: dict, found: list) -> list:
     """Adds to an unknown setting the section where that name does exist."""
     homes = {
         "model": list(ModelSettings.model_fields), "lrsa": [field.name for field in fields(LRSAConfig)],
-        "lora": list(LoraSettings.model_fields), "data": list(DataSettings.model_fields),
+        "lora": list(LoraSettings.model_fields), "objective": list(ObjectiveSettings.model_fields),
+        "data": list(DataSettings.model_fields),
         "eval": list(EvalSettings.model_fields), "train": trainer_names(),
     }  # fmt: skip
     result = []

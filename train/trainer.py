@@ -11,6 +11,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lrsa import LRSAConfig
+from train.objective import Objective, config_of_step
+from train.sections import ObjectiveSettings
 
 
 class LRSATrainer(SFTTrainer):
@@ -18,26 +20,47 @@ class LRSATrainer(SFTTrainer):
 
     Args:
         lrsa: the compression that the model was given with `apply_lrsa`, or None for a dense control.
+        objective: what a step learns from; a dense control learns from cross-entropy alone.
         other arguments: those of `SFTTrainer`.
     """
 
-    def __init__(self, *args, lrsa: LRSAConfig | None, **kwargs):
+    def __init__(self, *args, lrsa: LRSAConfig | None, objective: ObjectiveSettings, **kwargs):
         self.lrsa = lrsa
+        self.objective = objective
         self._kept_and_seen = [0.0, 0.0]
         super().__init__(*args, **kwargs)
         self.add_callback(LogFile())
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.model.training:
-            self._count_kept(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.lrsa is None:
+            self._count_kept(inputs, None)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        config = config_of_step(self.objective, self.lrsa, self.state.global_step, self.state.max_steps, self.args.seed)
+        self._count_kept(inputs, config)
+        objective = Objective(self.objective, self.lrsa, self.model, inputs, *self._shares(num_items_in_batch))
+        objective.teach(model, config)
+        with objective.watching():
+            loss = super().compute_loss(model, objective.model_inputs(), False, num_items_in_batch)
+        loss = objective.total(loss)
+        for name, value in objective.parts().items():
+            self._metrics["train"][name].append(value)
+        return loss
 
-    def _count_kept(self, inputs: dict) -> None:
+    def _shares(self, num_items_in_batch) -> tuple[float, torch.Tensor | None]:
+        """As TRL does with its own loss: with `num_items_in_batch` the trainer leaves both averages to the loss."""
+        if num_items_in_batch is None:
+            return 1.0, None
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return 1 / self.current_gradient_accumulation_steps, num_items_in_batch / ranks
+
+    def _count_kept(self, inputs: dict, config: LRSAConfig | None) -> None:
         """Add up, over all processes, what a cache would hold of this batch's documents and how long they are."""
         packed = "attention_mask" not in inputs
         lengths = inputs["cu_seq_lens_q"].diff() if packed else inputs["attention_mask"].sum(dim=1)
         layers = self.model.config.get_text_config().num_hidden_layers
-        kept = kept_tokens(lengths.tolist(), self.lrsa, layers)
+        kept = kept_tokens(lengths.tolist(), config, layers)
         totals = torch.tensor([kept, lengths.sum()], dtype=torch.float64, device=lengths.device)
         for index, total in enumerate(self.accelerator.reduce(totals, reduction="sum").tolist()):
             self._kept_and_seen[index] += total

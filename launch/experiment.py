@@ -1,0 +1,56 @@
+"""Compare ways to train: arms x seeds of one configuration, all measured on the same rows.
+
+  python launch/experiment.py --config configs/experiments/retrieval.yaml
+  python launch/experiment.py --config configs/experiments/retrieval.yaml --jobs 2     # two runs at a time
+
+The same command once more goes on where it was stopped: finished runs are kept. The experiment's output_dir then holds
+one folder per arm and seed, experiment.md (the table), experiment.png and experiment.json (every row's score).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from train import environment
+
+    environment.prepare()
+    from train.command_line import explain
+
+    parser = argparse.ArgumentParser(
+        prog="launch/experiment.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", required=True, help="a YAML file: config, output_dir, seeds, settings, arms, versus"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="settings of all arms, added to the file's own",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="training runs at a time; on one GPU leave it at 1")
+    options = parser.parse_args()
+
+    def job() -> None:
+        from train import experiment, experiment_report
+
+        settings = experiment.load_experiment(options.config, options.set)
+        experiment.train_arms(settings, options.jobs)
+        found: dict[str, list] = {}
+        for arm, _, results in experiment.evaluate_arms(settings):
+            found.setdefault(arm, []).append(results)
+        path = experiment_report.save(settings, found)
+        print(path.read_text(encoding="utf-8"))
+        print(f"table: {path}")
+
+    return explain(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""What a step learns from: cross-entropy, distillation from the base with its full cache, supervision of the selection,
+and how much of the cache it keeps.
+
+The teacher is the base model itself: adapter off, nothing dropped, no gradient, no second copy of the weights.
+
+Shapes: B batch, T tokens, R trained tokens of a batch, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lrsa import LRSAConfig, SelectionSupervision, apply_lrsa
+from train.sections import ObjectiveSettings
+
+LOGITS = 2**26  # logits held at once
+
+
+class Objective:
+    """The loss of one micro-batch beyond cross-entropy; one object per batch.
+
+    Args:
+        settings: the `objective` section.
+        lrsa: the compression that is trained for.
+        model: the PEFT model, its attention set with `apply_lrsa`.
+        inputs: the batch as the trainer hands it to the model, with `labels`.
+        share: of this micro-batch in its step, by which the supervision is weighted.
+        tokens: what sums over the batch's trained tokens are divided by; `None` means their number.
+    """
+
+    def __init__(self, settings, lrsa: LRSAConfig, model, inputs: dict, share: float = 1.0, tokens=None):
+        self.settings, self.model, self.inputs = settings, model, inputs
+        self.share, self.tokens = share, tokens
+        self.trained = inputs["labels"][:, 1:] != -100
+        self.supervision = None
+        if settings.selection:
+            count = model.config.get_text_config().num_hidden_layers
+            layers = range(count) if settings.selection_layers is None else settings.selection_layers
+            self.supervision = SelectionSupervision(
+                lrsa,
+                F.pad(self.trained, (0, 1)),  # the token before a trained one asks for it
+                [layer for layer in layers if layer not in lrsa.skip_layers],
+                weight=settings.selection * share,
+                temperature=settings.selection_temperature,
+                queries=settings.selection_queries,
+            )
+        self._teacher_states = None
+        self._student_states: list[torch.Tensor] = []
+
+    @property
+    def has_teacher(self) -> bool:
+        return bool(self.settings.distillation or self.settings.selection)
+
+    def teach(self, wrapped_model, config: LRSAConfig) -> None:
+        """Run the teacher, and set the model to `config` for the student."""
+        if self.has_teacher:
+            apply_lrsa(self.model, config.replace(top_k=config.lag_size))
+            recording = self.supervision.record() if self.supervision else _nothing()
+            with torch.no_grad(), self.model.disable_adapter(), _hidden_states(self.model) as found, recording:
+                wrapped_model(**self.model_inputs("labels"), logits_to_keep=1)
+            self._teacher_states = found[0][:, :-1][self.trained]
+        apply_lrsa(self.model, config)
+
+    def model_inputs(self, *without: str) -> dict:
+        """The batch, and with it the supervision that every layer's attention will find."""
+        inputs = {name: value for name, value in self.inputs.items() if name not in without} | {"use_cache": False}
+        return inputs | ({"lrsa_supervision": self.supervision} if self.supervision else {})
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it the student's forward leaves what distillation needs."""
+        with _hidden_states(self.model) as found:
+            yield
+        self._student_states = found
+
+    def total(self, cross_entropy: torch.Tensor) -> torch.Tensor:
+        """The whole loss, whose backward also drives the supervision; `cross_entropy` is the trainer's."""
+        loss = self.settings.cross_entropy * cross_entropy
+        self.distillation = None
+        if self.settings.distillation:
+            states = self._student_states[0][:, :-1][self.trained]
+            divergence = self._divergence(states)
+            self.distillation = divergence.detach() / max(len(states), 1)
+            divergence = divergence / (max(len(states), 1) if self.tokens is None else self.tokens)
+            loss = loss + self.settings.distillation * divergence
+        if self.supervision:
+            self.supervision.scale_with(loss)
+        return loss
+
+    def parts(self) -> dict[str, float]:
+        """What the loss was made of, in nats per token, for the log."""
+        found = {} if self.distillation is None else {"distillation": self.distillation.item()}
+        if self.supervision and self.supervision.losses:
+            found["selection"] = torch.stack(list(self.supervision.losses.values())).mean().item()
+        return found
+
+    def _divergence(self, states: torch.Tensor) -> torch.Tensor:
+        """Sum over trained tokens of KL(teacher || student) in nats, times the temperature squared."""
+        model = self.model.get_base_model()
+        head, config = model.get_output_embeddings(), model.config.get_text_config()
+        cap, heat = getattr(config, "final_logit_softcapping", None), self.settings.distillation_temperature
+
+        def log_probabilities(rows: torch.Tensor) -> torch.Tensor:
+            logits = head(rows)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            return (logits / heat).log_softmax(-1)
+
+        def part(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                target = log_probabilities(teacher)
+            return F.kl_div(log_probabilities(student), target, log_target=True, reduction="sum")
+
+        size = max(LOGITS // config.vocab_size, 1)
+        sums = [
+            checkpoint(part, *pair, use_reentrant=False)
+            for pair in zip(states.split(size), self._teacher_states.split(size), strict=True)
+        ]
+        return heat**2 * torch.stack(sums).sum()
+
+
+def config_of_step(settings: ObjectiveSettings, lrsa: LRSAConfig, step: int, steps: int, seed: int) -> LRSAConfig:
+    """The compression of one step, the same on every rank and after a resume.
+
+    Args:
+        step, steps: the step from 0 on, and how many the run has.
+        seed: of the run.
+    """
+    ratios = settings.keep_ratios
+    if not ratios:
+        return lrsa
+    if settings.schedule == "shrink":
+        return lrsa.with_keep_ratio(ratios[min(step * len(ratios) // max(steps, 1), len(ratios) - 1)])
+    return lrsa.with_keep_ratio(random.Random(f"{seed} {step}").choice(ratios))
+
+
+def cannot_distil(model) -> str | None:
+    """Why a model's logits cannot be computed from its last hidden states here, or None when they can."""
+    config = model.config.get_text_config()
+    scales = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+    scaled = [name for name in scales if getattr(config, name, None) not in (None, 1, 1.0)]
+    return f"the model scales its logits ({', '.join(scaled)})" if scaled else None
+
+
+@contextmanager
+def _hidden_states(model) -> Iterator[list[torch.Tensor]]:
+    """The last hidden states `[B, T, C]` of every forward within, before the head."""
+    found = []
+    backbone = model.get_base_model().base_model
+    handle = backbone.register_forward_hook(lambda module, inputs, output: found.append(output.last_hidden_state))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
