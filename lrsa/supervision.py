@@ -34,7 +34,7 @@ class SelectionSupervision:
         config: the settings whose selection is taught; `top_k` does not matter.
         asked: bool `[B, T]`, the tokens whose queries count; those whose next token is trained, say.
         layers: indices of the layers that are taught.
-        weight: of the loss, a mean over layers, rows and KV heads, against the loss it is trained with.
+        weight: of the loss, a mean over layers, documents and KV heads, against the loss it is trained with.
         temperature: factor of the scores' deviations before their softmax. LagKV's own softmax is almost flat.
         queries: at most so many of a document's asked tokens are used, spread evenly; they bound time and memory.
 
@@ -112,10 +112,7 @@ class SelectionSupervision:
         if not torch.is_grad_enabled():
             return out
         parts = zip(self._targets[layer], *(_laid_out(x, groups) for x in (key, value)), strict=True)
-        losses = torch.cat([selection_loss(*part, self.config, self.temperature) for part in parts])
-        if not len(losses):
-            return out
-        loss = losses.mean()
+        loss = torch.cat([selection_loss(*part, self.config, self.temperature) for part in parts]).mean()
         self.losses[layer] = loss.detach()
         return _Attach.apply(out, loss, self, self.weight / len(self.layers))
 
@@ -181,14 +178,13 @@ def selection_loss(
         temperature: factor of the deviations before the softmax over a window.
 
     Returns:
-        One loss for each document and KV head to which attention is sent at all, at most `[N * G]`: the sum over
-        windows and tokens, normalised by the target's total.
+        `[N, G]`, for each document and KV head the sum over windows and tokens, normalised by the target's total; 0
+        where no attention is sent to what could be kept.
     """
     deviation = window_deviation(key, config) + config.value_weight * window_deviation(value, config)
     surprise = -(temperature * deviation).log_softmax(-1)
     total = target.sum((2, 3))
-    some = total > 0
-    return (target * surprise).sum((2, 3))[some] / total[some]
+    return (target * surprise).sum((2, 3)) / total.where(total > 0, 1.0)
 
 
 def _laid_out(states: torch.Tensor, groups: list[Group]) -> tuple[torch.Tensor, ...]:

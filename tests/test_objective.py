@@ -104,7 +104,7 @@ def test_packed_rows_equal_padded_ones(tmp_path, byte_tokenizer):
 
 
 def test_distillation_is_the_divergence_from_the_base_with_its_full_cache(tmp_path, byte_tokenizer):
-    settings = ObjectiveSettings(cross_entropy=0.0, distillation=1.0, distillation_temperature=1.5)
+    settings = ObjectiveSettings(cross_entropy=0.0, distillation=1.0, selection=0.0, distillation_temperature=1.5)
     built = trainer(tmp_path, byte_tokenizer, objective=settings)
     model, batch = built.model, next(iter(built.get_train_dataloader()))
     trained = batch["labels"][:, 1:] != -100

@@ -54,6 +54,7 @@ def workplace(tmp_path_factory, byte_tokenizer) -> Path:
         "model": {"name_or_path": "model"},
         "lrsa": LRSA,
         "lora": {"r": 4},
+        "objective": {"cross_entropy": 1.0, "distillation": 0.5, "selection": 0.5, "keep_ratios": [0.25]},
         "data": {"kind": "text", "path": "text.jsonl", "eval_path": "held_out.jsonl", "context_length": 96},
         "train": {
             "output_dir": "runs/first",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from train.sections import ObjectiveSettings
 from train.settings import RunSettings
 
 
@@ -26,7 +27,17 @@ def with_defaults(settings: RunSettings) -> RunSettings:
     if model.dtype == "auto":
         precise = "bfloat16" if train["bf16"] else "float16" if train.get("fp16") else "float32"
         model = model.model_copy(update={"dtype": precise})
-    return dataclasses.replace(settings, model=model, train=train)
+    return dataclasses.replace(settings, model=model, train=train, objective=_objective(settings))
+
+
+def _objective(settings: RunSettings) -> ObjectiveSettings:
+    """What the experiments in RESULTS.md support: where few tokens are trained, the selection has to be taught which
+    ones will be asked for; where all are, the base with its full cache is the better teacher."""
+    text = settings.data.kind == "text"
+    best = {"cross_entropy": 0.0 if text else 1.0, "distillation": 1.0 if text else 0.0, "selection": float(not text)}
+    best["keep_ratios"] = [1.0, settings.lrsa.keep_ratio]
+    open_ = {name: value for name, value in best.items() if getattr(settings.objective, name) is None}
+    return settings.objective.model_copy(update=open_)
 
 
 def _default_checkpointing(train: dict, on_gpu: bool) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lrsa import LRSAConfig, SelectionSupervision, apply_lrsa
+from train.problems import Problem
 from train.sections import ObjectiveSettings
 
 LOGITS = 2**26  # logits held at once
@@ -140,12 +141,21 @@ def config_of_step(settings: ObjectiveSettings, lrsa: LRSAConfig, step: int, ste
     return lrsa.with_keep_ratio(random.Random(f"{seed} {step}").choice(ratios))
 
 
-def cannot_distil(model) -> str | None:
-    """Why a model's logits cannot be computed from its last hidden states here, or None when they can."""
-    config = model.config.get_text_config()
+def objective_problems(settings: ObjectiveSettings, model) -> list[Problem]:
+    """What of the objective this model cannot do."""
+    config, problems = model.config.get_text_config(), []
     scales = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
     scaled = [name for name in scales if getattr(config, name, None) not in (None, 1, 1.0)]
-    return f"the model scales its logits ({', '.join(scaled)})" if scaled else None
+    if settings.distillation and scaled:
+        text = (
+            f"{settings.distillation:g} cannot be used: the model scales its logits ({', '.join(scaled)}); set it to 0"
+        )
+        problems.append(Problem("", "objective.distillation", text))
+    beyond = [layer for layer in settings.selection_layers or () if layer >= config.num_hidden_layers]
+    if beyond:
+        text = f"must name layers from 0 to {config.num_hidden_layers - 1}, got {beyond}"
+        problems.append(Problem("", "objective.selection_layers", text))
+    return problems
 
 
 @contextmanager

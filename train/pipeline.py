@@ -21,6 +21,7 @@ from train.banner import print_banner
 from train.defaults import with_defaults
 from train.evaluation import evaluate_run
 from train.model import load_model, load_tokenizer, lora_config
+from train.objective import objective_problems
 from train.problems import Problem, SettingsError
 from train.run_directory import CONFIG_NAME, check_run_directory, clear_run_directory
 from train.settings import RunSettings
@@ -117,6 +118,8 @@ def train_adapter(
 def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokenizer, lrsa) -> LRSATrainer:
     """Base model with its attention set, LoRA and trainer; what the libraries object to is told as a mistake."""
     model = load_model(settings.model)
+    if lrsa is not None and (problems := objective_problems(settings.objective, model)):
+        raise SettingsError(problems)
     try:
         model = remove_lrsa(model) if lrsa is None else apply_lrsa(model, lrsa)
     except ValueError as error:

@@ -43,16 +43,18 @@ class ObjectiveSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    cross_entropy: float = Field(1.0, ge=0, description="weight of the loss on the trained tokens")
-    distillation: float = Field(
-        0.0, ge=0, description="weight of the divergence from the base model with its full cache, on the trained tokens"
+    cross_entropy: float | None = Field(
+        None, ge=0, description="weight of the loss on the trained tokens; when not set 1, for text 0"
     )
+    distillation: float | None = Field(
+        None, ge=0, description="weight of the divergence from the base model with its full cache, on the trained "
+        "tokens; when not set 0, for text 1",
+    )  # fmt: skip
     distillation_temperature: float = Field(1.0, gt=0, description="softens both distributions before comparing them")
-    selection: float = Field(
-        0.0,
-        ge=0,
-        description="weight of teaching the scores to keep what the base model, with its full cache, looks at",
-    )
+    selection: float | None = Field(
+        None, ge=0, description="weight of teaching the scores to keep what the base model, with its full cache, "
+        "looks at; when not set 1, for text 0",
+    )  # fmt: skip
     selection_temperature: float = Field(20.0, gt=0, description="factor of the scores before their softmax")
     selection_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, description="layers whose scores are taught; all when not set"
@@ -61,8 +63,8 @@ class ObjectiveSettings(BaseModel):
         256, ge=1, description="tokens of a document whose attention is the target, at most, spread evenly over it"
     )
     keep_ratios: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
-        None, description="keep ratios to train with, so that one adapter serves them all; 1 is the full cache; "
-        "lrsa.top_k alone when not set",
+        None, description="keep ratios to train with, so that one adapter serves them all; when not set the full "
+        "cache (1) and that of lrsa.top_k",
     )  # fmt: skip
     schedule: Literal["draw", "shrink"] = Field(
         "draw", description="draw a keep ratio for every step, or go through keep_ratios in equal parts of the run"
