@@ -1,10 +1,13 @@
 """Models that the tests run: a random one with few but real parts, and a small pretrained one where it lies beside the
 checkout."""
 
+import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -78,3 +81,45 @@ def blank_tokenizer():
     )
     raw.train_from_iterator([sentence.replace("\n", " ") for sentence in SENTENCES] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, byte_tokenizer) -> Path:
+    """The directory of a finished run: two steps and an evaluation of a random model, which lies in `../../base`."""
+    from train.pipeline import run
+    from train.settings import load_settings
+
+    directory = tmp_path_factory.mktemp("work")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(byte_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory / "base")
+    byte_tokenizer.save_pretrained(directory / "base")
+    rng = random.Random(0)
+    words = [" ".join(rng.choices(["river", "fox", "Anna", "3", "dog"], k=rng.randint(12, 24))) for _ in range(12)]
+    (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    settings = {
+        "model": {"name_or_path": str(directory / "base")},
+        "lrsa": {"sink_size": 4, "lag_size": 8, "top_k": 2, "skip_layers": [0]},
+        "lora": {"r": 4},
+        "data": {"kind": "text", "path": str(directory / "text.jsonl"), "eval_rows": 4, "context_length": 96},
+        "train": {
+            "output_dir": str(directory / "runs" / "tiny"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+        "eval": {"keep_ratios": [0.5]},
+    }
+    (directory / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    return run(load_settings(str(directory / "tiny.yaml")))

@@ -21,6 +21,7 @@ from train.banner import print_banner
 from train.defaults import with_defaults
 from train.evaluation import evaluate_run
 from train.model import load_model, load_tokenizer, lora_config
+from train.model_card import save_model_card
 from train.objective import objective_problems
 from train.problems import Problem, SettingsError
 from train.run_directory import CONFIG_NAME, check_run_directory, clear_run_directory
@@ -63,8 +64,10 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
         train_adapter(settings, control_args, corpus, tokenizer, None, console, resume)
 
     environment.stop()
-    if main and settings.eval.enabled:
-        evaluate_run(settings, directory, tokenizer, corpus.evaluation, console)
+    if main:
+        evaluated = settings.eval.enabled
+        results = evaluate_run(settings, directory, tokenizer, corpus.evaluation, console) if evaluated else None
+        save_model_card(settings, directory, results)
     return directory
 
 

@@ -14,9 +14,11 @@ from train.settings import RunSettings
 from train.sources import shown
 
 CONFIG_NAME = "config.yaml"
+PUBLISHED_NAME = "hub"  # what launch/publish.py sent or would send
 WRITTEN = (
     *(ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", CONFIG_NAME, "log.jsonl", "README.md"),
     *("data_report.json", "data_report.md", "results.json", "report.md", "score_vs_keep_ratio.png", "control"),
+    PUBLISHED_NAME,
 )
 
 

@@ -30,8 +30,16 @@ EXAMPLES, EXAMPLE_WIDTH = 3, 60
 
 def markdown(results: Results) -> str:
     """The whole report as Markdown."""
+    sections = [f"# Evaluation: {results.task}", measurements(results)]
+    if results.expected:
+        sections.append(f"## Examples\n\n{_markdown_table(_example_rows(results))}")
+    sections.append(f"## Settings\n\n{_markdown_table(_setting_rows(results))}")
+    return "\n\n".join(sections) + "\n"
+
+
+def measurements(results: Results) -> str:
+    """What was measured and how, as Markdown: picture, scores, differences and cost. A model card shows it too."""
     sections = [
-        f"# Evaluation: {results.task}",
         _measured(results),
         *([f"**Warning:** {results.warning}."] if results.warning else []),
         f"![{TITLES[results.metrics[0]]} against keep ratio]({PICTURE})",
@@ -40,10 +48,7 @@ def markdown(results: Results) -> str:
     if results.differences():
         sections.append(f"## {_difference_title(results)}\n\n{_markdown_table(_difference_rows(results))}")
     sections.append(f"## {_cost_title(results)}\n\n{_markdown_table(_cost_rows(results))}")
-    if results.expected:
-        sections.append(f"## Examples\n\n{_markdown_table(_example_rows(results))}")
-    sections.append(f"## Settings\n\n{_markdown_table(_setting_rows(results))}")
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(sections)
 
 
 def to_console(results: Results, console: Console) -> None:
@@ -86,11 +91,12 @@ def _score_rows(results: Results, metric: str) -> list[list[str]]:
     rows = [["cache", *results.models]]
     for setting in results.settings:
         scores = (results.score(model, setting.name, metric) for model in results.models)
-        rows.append([_setting_name(results, setting), *map(str, scores)])
+        rows.append([setting_name(results, setting), *map(str, scores)])
     return rows
 
 
-def _setting_name(results: Results, setting: Setting) -> str:
+def setting_name(results: Results, setting: Setting) -> str:
+    """`full cache`, `keep 1/4`, or `keep 1/8 (trained)`."""
     if setting.config is None:
         return "full cache"
     return f"keep {setting.name}" + (" (trained)" if setting.name == results.trained else "")
@@ -106,7 +112,7 @@ def _difference_rows(results: Results) -> list[list[str]]:
     for setting in results.settings:
         found = (scores[setting.name] for _, scores in differences)
         cells = (f"{score.value:+.3f} [{score.low:+.3f}, {score.high:+.3f}]" for score in found)
-        rows.append([_setting_name(results, setting), *cells])
+        rows.append([setting_name(results, setting), *cells])
     return rows
 
 
@@ -118,7 +124,7 @@ def _cost_rows(results: Results) -> list[list[str]]:
     """One line per setting and group of layers that cost the same."""
     rows = [["cache", "layers", "kept per head", "memory per layer", "full cache", "share"]]
     for setting in results.settings:
-        name = _setting_name(results, setting).removesuffix(" (trained)")
+        name = setting_name(results, setting).removesuffix(" (trained)")
         for layers, cost in _alike(setting.cost):
             rows.append([name, layers, f"{cost.kept} of {cost.seen}", *_sizes(cost.bytes, cost.full_bytes)])
     return rows

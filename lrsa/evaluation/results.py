@@ -15,12 +15,19 @@ from lrsa.evaluation.cost import LayerCost
 from lrsa.evaluation.score import CONFIDENCE, RESAMPLES, Score, paired_difference
 
 FULL = "full"
+RESULTS_NAME = "results.json"
 PREFILL = {
     "generation": "one forward, compressed after prefill; the last two windows stay dense. In that forward every token "
     "sees only what the compressed cache would still hold, so prefill in chunks gives the same numbers",
     "loss": "one forward in which every token sees only what the compressed cache would still hold, so prefill in "
     "chunks gives the same numbers; the last two windows stay dense",
 }
+
+# What `to_dict` writes beside `details`, whose items stand at the top level.
+NOT_DETAILS = (
+    *("task", "n", "rows", "prefill", "warning", "lrsa", "trained_setting", "interval"),
+    *("settings", "cells", "differences", "expected"),
+)
 
 
 @dataclass(frozen=True)
@@ -144,10 +151,38 @@ class Results:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        (directory / "results.json").write_text(text + "\n", encoding="utf-8")
+        (directory / RESULTS_NAME).write_text(text + "\n", encoding="utf-8")
         (directory / "report.md").write_text(report.markdown(self), encoding="utf-8")
         picture.draw(self, directory / report.PICTURE)
         return directory
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Results:
+        """Read back what `save` wrote into `directory`.
+
+        Raises:
+            ValueError: when there is no `results.json`, or `save` did not write it.
+        """
+        path = Path(directory) / RESULTS_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls._from_dict(values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read as the results of an evaluation: {error!r}") from error
+
+    @classmethod
+    def _from_dict(cls, values: dict) -> Results:
+        settings = [
+            Setting(s["lrsa"] and LRSAConfig.from_dict(s["lrsa"]), [LayerCost(**layer) for layer in s["cache"]])
+            for s in values["settings"]
+        ]
+        cells: dict[str, dict[str, Cell]] = {}
+        for cell in values["cells"]:
+            scores = {name: Score.from_dict(score) for name, score in cell["scores"].items()}
+            cells.setdefault(cell["model"], {})[cell["setting"]] = Cell(scores, cell["answers"], cell["seconds"])
+        details = {name: value for name, value in values.items() if name not in NOT_DETAILS}
+        config = LRSAConfig.from_dict(values["lrsa"])
+        return cls(values["task"], config, settings, values["rows"], details, values["expected"], cells)
 
     def print(self, console: Console | None = None) -> None:
         """Scores, differences and cache cost as tables on the terminal."""

@@ -56,6 +56,11 @@ class Score:
         """The fields as plain JSON values."""
         return asdict(self) | {"per_row": list(self.per_row)}
 
+    @classmethod
+    def from_dict(cls, values: dict) -> Score:
+        """The score that `to_dict` was called on."""
+        return cls(**values | {"per_row": tuple(values["per_row"])})
+
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
