@@ -57,8 +57,8 @@ def publish(options: argparse.Namespace) -> None:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         console.print(f"{path.stat().st_size:>12,}  {path.relative_to(folder)}", highlight=False)
     if options.dry_run:
-        console.print((folder / CARD_NAME).read_text(encoding="utf-8"), markup=False, highlight=False)
-        console.print(f"dry run: nothing was sent; the folder is {folder}")
+        console.print((folder / CARD_NAME).read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"dry run: nothing was sent; the folder is {folder}", soft_wrap=True)
         return
     url = send(publication, folder, options.public, options.message, api)
     seen = "public" if options.public else "private: others need access, and a token, to load it"

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
-from lrsa.evaluation import Variant, compare, evaluate_loss
+from lrsa.evaluation import Results, Variant, compare, evaluate_loss
+from lrsa.evaluation.report import markdown
 
 CONFIG = LRSAConfig(sink_size=2, lag_size=8, top_k=1)
 
@@ -185,3 +186,13 @@ def test_errors_come_before_any_work(adapted):
         run(adapted, keep_ratios=(0.0,))
     with pytest.raises(ValueError, match="no evaluation rows"):
         compare({"x": Variant(adapted, None)}, None, [], "loss", CONFIG)
+
+
+def test_saved_results_are_read_back(adapted, tmp_path):
+    results = run(adapted)
+    found = Results.load(results.save(tmp_path))
+    assert found.to_dict() == results.to_dict() and markdown(found) == (tmp_path / "report.md").read_text()
+    assert found.score("lrsa", "1/8") == results.score("lrsa", "1/8")
+    (tmp_path / "results.json").write_text('{"task": "loss"}')
+    with pytest.raises(ValueError, match=r"results\.json cannot be read as the results of an evaluation"):
+        Results.load(tmp_path)

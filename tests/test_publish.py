@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import shutil
@@ -92,37 +95,38 @@ def run(tiny_run, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_run, tmp_path / "runs" / "tiny"))
 
 
-def command_line(hub: LocalHub, home: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": TOKEN,
-        "HF_HOME": str(home),
-        "PYTHONPATH": str(ROOT),
-    }
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=home, env=environment, capture_output=True, text=True, timeout=300
-    )
+def launch(hub: LocalHub, *arguments: str) -> int:
+    """`launch/publish.py` in this process; returns the exit status."""
+    spec = importlib.util.spec_from_file_location("launch_publish", ROOT / "launch" / "publish.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["launch/publish.py", *arguments])
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setenv("HF_TOKEN", TOKEN)
+        return script.main()
 
 
 @pytest.fixture(scope="module")
 def published(tiny_run, base_files, tmp_path_factory):
-    """The hub after `launch/publish.py`, its output, and what a process elsewhere then loaded."""
+    """The hub after `launch/publish.py`, its output, a prompt, and what a process elsewhere then found."""
     home = tmp_path_factory.mktemp("home")
-    torch.manual_seed(1)
-    ids = torch.randint(3, 300, (1, LENGTH))
+    ids = torch.randint(3, 300, (1, LENGTH), generator=torch.Generator().manual_seed(1))
     torch.save({"ids": ids, "options": GENERATE}, home / "given.pt")
     (home / "elsewhere.py").write_text(ELSEWHERE)
     with LocalHub() as hub:
         with_base(hub, base_files)
-        done = command_line(
-            *(hub, home, str(ROOT / "launch" / "publish.py"), "--run", str(tiny_run), "--repo-id", "user/tiny"),
-            *("--base-model", "org/base", "--license", "apache-2.0"),
-        )
+        options = ["--base-model", "org/base", "--license", "apache-2.0"]
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert launch(hub, "--run", str(tiny_run), "--repo-id", "user/tiny", *options) == 0
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "elsewhere.py", "given.pt", "found.pt"]
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        there = command_line(hub, home, "elsewhere.py", "given.pt", "found.pt")
-        assert there.returncode == 0, there.stderr
-        yield hub, done.stdout, ids, torch.load(home / "found.pt")
+        yield hub, output.getvalue(), ids, torch.load(home / "found.pt")
 
 
 def test_one_private_commit_holds_everything(published, tiny_run):
@@ -182,14 +186,20 @@ def test_the_code_samples_of_the_card_run_as_pasted(published, tiny_run):
     assert found["printed"] == [f"{expected}\n"] * 2 and expected.strip()
 
 
-def test_a_dry_run_writes_the_folder_and_sends_nothing(run, hub, tmp_path):
-    arguments = [str(ROOT / "launch" / "publish.py"), "--run", str(run), "--repo-id", "user/tiny", "--dry-run"]
-    done = command_line(hub, tmp_path, *arguments, "--base-model", "org/base")
-    assert done.returncode == 0, done.stderr
+def test_a_dry_run_writes_the_folder_and_sends_nothing(run, hub, capsys):
+    arguments = ["--run", str(run), "--repo-id", "user/tiny", "--dry-run", "--base-model", "org/base"]
+    assert launch(hub, *arguments) == 0
     assert hub.requests == []
     assert (run / "hub" / "adapter_model.safetensors").is_file()
-    assert "custom_generate/generate.py" in done.stdout and "base_model: org/base" in done.stdout
-    assert done.stdout.rstrip().endswith(f"nothing was sent; the folder is {run / 'hub'}")
+    output = capsys.readouterr().out
+    assert "custom_generate/generate.py" in output and "base_model: org/base" in output
+    assert output.rstrip().endswith(f"nothing was sent; the folder is {run / 'hub'}")
+
+
+def test_the_command_line_ends_with_one_message(run, hub, capsys):
+    (run / "results.json").unlink()
+    assert launch(hub, "--run", str(run), "--repo-id", "user/tiny") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
 
 
 def publish(run: Path, hub: LocalHub, **options) -> str:

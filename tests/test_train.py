@@ -103,6 +103,7 @@ def test_a_run_leaves_everything_behind(finished):
         assert (directory / name).stat().st_size > 0, name
     for name in ["data_report.json", "data_report.md", "results.json", "report.md", "score_vs_keep_ratio.png"]:
         assert (directory / name).stat().st_size > 0, name
+    assert "dense-LoRA" in (directory / "README.md").read_text(), "the card shows what was measured"
     assert (directory / "control" / "adapter_model.safetensors").is_file()
     assert not (directory / "control" / "lrsa_config.json").exists(), "the control is dense"
 
@@ -203,6 +204,7 @@ def test_overwrite_starts_again_and_leaves_other_files_alone(workplace, finished
     assert run_here(workplace, *options, overwrite=True) == 0
     assert (again / "notes.txt").read_text() == "mine"
     assert not (again / "results.json").exists() and not (again / "control").exists()
+    assert "This adapter was not evaluated" in (again / "README.md").read_text()
     assert all(0.25 < line["kept_fraction"] < 1 for line in log_of(again))
 
 

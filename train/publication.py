@@ -125,7 +125,7 @@ def _results(run: Path) -> Results:
 
 
 def _custom_generate(config: LRSAConfig) -> dict[str, str]:
-    """`custom_generate/` as transformers loads it, with the settings of the adapter; it names lrsa itself if missing."""
+    """`custom_generate/` as transformers loads it, with the settings of the adapter."""
     settings = f"# lrsa_config.json of this repository, as it was published.\nSETTINGS = {config.to_dict()}\n"
     source = CUSTOM_GENERATE.read_text(encoding="utf-8")
     return {"custom_generate/generate.py": source, "custom_generate/settings.py": settings}
