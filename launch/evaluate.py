@@ -6,7 +6,7 @@
 
 Base model and data come from the run's config.yaml, or from --config; sink and lag size always from the
 lrsa_config.json beside the adapter. A control in the run's control/ is measured too. Writes report.md, results.json and
-a picture into --out, by default into the run's directory, where they replace the earlier ones.
+a picture into --out, by default into the run's directory, where they replace the earlier ones (and its model card).
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from train.defaults import with_defaults
     from train.evaluation import evaluate_run
     from train.model import load_tokenizer
+    from train.model_card import save_model_card
     from train.run_directory import config_of_run
     from train.settings import load_settings
 
@@ -59,7 +60,9 @@ def evaluate(options: argparse.Namespace) -> None:
     corpus = data.load(settings.data, tokenizer, settings.train["seed"], settings.lrsa.dense_length)
     adapter = options.run or options.adapter
     out = Path(options.out) if options.out else Path(adapter) if Path(adapter).is_dir() else Path("runs") / adapter
-    evaluate_run(settings, adapter, tokenizer, corpus.evaluation, Console(), out)
+    results = evaluate_run(settings, adapter, tokenizer, corpus.evaluation, Console(), out)
+    if results and options.run and out == Path(options.run):
+        save_model_card(settings, out, results)
 
 
 def _ratios(text: str) -> list[float]:

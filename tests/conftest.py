@@ -3,11 +3,14 @@ checkout."""
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hub_server import TOKEN, LocalHub
+from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -123,3 +126,35 @@ def tiny_run(tmp_path_factory, byte_tokenizer) -> Path:
     }
     (directory / "tiny.yaml").write_text(yaml.safe_dump(settings))
     return run(load_settings(str(directory / "tiny.yaml")))
+
+
+@pytest.fixture
+def tiny_copy(tiny_run, tmp_path) -> Path:
+    """A copy of the run that a test may spoil."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "runs" / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def start_hub(tiny_run):
+    """Makes a local hub that everybody can load the run's base model from, as `org/base`."""
+
+    def start() -> LocalHub:
+        hub = LocalHub()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+            api = HfApi(endpoint=hub.url, token=TOKEN)
+            api.create_repo("org/base", private=False)
+            api.upload_folder(repo_id="org/base", folder_path=tiny_run.parents[1] / "base")
+        hub.requests.clear()
+        return hub
+
+    return start
+
+
+@pytest.fixture
+def hub(start_hub, monkeypatch):
+    """Such a hub, which the client in this process takes for the only one."""
+    with start_hub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        yield hub

@@ -42,9 +42,9 @@ class LocalHub:
         self.lost: dict[str, int] = {}
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def __enter__(self) -> LocalHub:
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
@@ -78,6 +78,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.body = self._read(length)
+        if re.match("POST /api/(repos|models)", asked) and not self._authorized():
+            self._send(401, {"error": "Unauthorized"})
+            return
         for pattern, answer in ROUTES.items():
             if found := re.fullmatch(pattern, asked):
                 answered = answer(self, **found.groupdict())
@@ -133,8 +136,6 @@ class Handler(BaseHTTPRequestHandler):
     def create(self):
         asked = self._json()
         repo = f"{asked.get('organization') or USER}/{asked['name']}"
-        if not self._authorized():
-            return 401, {"error": "Unauthorized"}
         known = repo in self.hub.repos
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.repos.setdefault(repo, {"private": private, "commits": []})
@@ -143,8 +144,10 @@ class Handler(BaseHTTPRequestHandler):
     def validate_yaml(self):
         """The Hub's own checks are not public; these are the ones that its documentation names."""
         head = yaml.safe_load(self._json()["content"].split("---\n")[1])
-        errors = []
-        for name in ("base_model", "license", "library_name", "pipeline_tag"):
+        errors = (
+            [] if head.get("license", "mit") in ("mit", "apache-2.0") else ["license must be one of mit, apache-2.0"]
+        )
+        for name in ("base_model", "library_name", "pipeline_tag"):
             if not isinstance(head.get(name, ""), str):
                 errors.append(f"{name} must be a string")
         for name in ("tags", "datasets"):
@@ -159,18 +162,12 @@ class Handler(BaseHTTPRequestHandler):
         return (400 if errors else 200), {"errors": [{"message": error} for error in errors], "warnings": []}
 
     def preupload(self, repo: str):
-        if not self._authorized():
-            return 401, {"error": "Unauthorized"}
-        files = [
-            {"path": file["path"], "shouldIgnore": False, "oid": self._oid(repo, file["path"]),
-             "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"}
-            for file in self._json()["files"]
-        ]  # fmt: skip
+        there, files = self.hub.files(repo), []
+        for path in [file["path"] for file in self._json()["files"]]:
+            mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
+            oid = object_id(path, there[path]) if path in there else None
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return 200, {"files": files}
-
-    def _oid(self, repo: str, path: str) -> str | None:
-        content = self.hub.files(repo).get(path)
-        return None if content is None else object_id(path, content)
 
     def lfs_batch(self, repo: str):
         objects = [{"oid": item["oid"], "size": item["size"]} for item in self._json()["objects"]]
@@ -186,8 +183,6 @@ class Handler(BaseHTTPRequestHandler):
         return 200, b""
 
     def commit(self, repo: str):
-        if not self._authorized():
-            return 401, {"error": "Unauthorized"}
         files = dict(self.hub.files(repo))
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]

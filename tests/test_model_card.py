@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def test_a_run_without_evaluation_says_so(tiny_run):
 def test_code_samples_ask_as_the_training_rows_do(config, chat, tmp_path):
     if chat:
         (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    settings = settings_of(config, "data.prompt_template='Say \"{question}\" of:\n\n{context}\n\nAnswer:'")
+    template = 'Say "{question}" of:\n\n{context}\n\nAnswer:'
+    settings = settings_of(config, f"data.prompt_template={json.dumps(template)}")
     samples = code_of(model_card(settings, tmp_path, None, repo_id="user/name"))
     assert len(samples) == 2
     for code in samples:

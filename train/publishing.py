@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from train.model_card import CARD_NAME
 from train.problems import Problem, SettingsError
 from train.publication import Publication, read_run, write_folder
 
@@ -50,7 +51,10 @@ def prepare(
     publication = read_run(run, repo_id, base_model, problems)
     if api is not None and (problems := _hub_problems(publication, public, api)):
         raise SettingsError(problems)
-    return publication, write_folder(publication, license)
+    folder = write_folder(publication, license)
+    if api is not None:
+        _validate_card(folder)
+    return publication, folder
 
 
 def send(publication: Publication, folder: Path, public: bool, message: str | None, api: HfApi) -> str:
@@ -105,6 +109,14 @@ def _hub_problems(publication: Publication, public: bool, api: HfApi) -> list[Pr
     except Exception as error:  # HTTP status or network: which classes, depends on the version of huggingface_hub
         return [Problem("", "Hub", f"{api.endpoint} does not answer as it should: {_reason(error)}")]
     return problems
+
+
+def _validate_card(folder: Path) -> None:
+    """Ask the Hub about the metadata now: it would refuse the commit for them after the repository was made."""
+    try:
+        ModelCard.load(folder / CARD_NAME).validate()
+    except Exception as error:  # as above
+        raise SettingsError([Problem("", CARD_NAME, f"is refused by the Hub: {_reason(error)}")]) from error
 
 
 def _visibility_problems(repo_id: str, public: bool, api: HfApi) -> list[Problem]:
