@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from lrsa.attention import lrsa_attention
+from lrsa.attention.sliding import sliding_attention
 from lrsa.config import LRSAConfig
 
 NAME = "lrsa"
@@ -17,15 +19,24 @@ logger = logging.getLogger(__name__)
 
 # What a model may ask of its attention that this one does not do: named and refused, never ignored.
 REFUSED = {
-    "sliding_window": "attends within a sliding window",
-    "softcap": "caps its attention scores",
-    "s_aux": "has attention sinks as parameters",
+    "softcap": "caps its attention scores, which flash kernels cannot: load it with attn_logit_softcapping=None to do "
+    "without",
+    "s_aux": "has attention sinks as parameters, a share of every softmax that belongs to no token and that the pieces "
+    "of lrsa's attention do not carry",
+    "sinks": "has attention sinks as parameters, a share of every softmax that belongs to no token and that the pieces "
+    "of lrsa's attention do not carry",
+    "position_bias": "adds a bias to its attention scores, which flash kernels cannot",
+    "indices": "chooses the tokens that it attends to itself",
+    "block_indices": "chooses the tokens that it attends to itself",
     "head_mask": "masks heads",
 }
 
 
 def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
     """Give a model Lag-Relative Sparse Attention, for training, evaluation and generation with `LRSACache`.
+
+    Layers with a sliding window keep it, and only the others are compressed. A window of at least
+    `max_position_embeddings` holds everything that the model can read, and counts as none.
 
     Args:
         model: a transformers causal LM, or a PEFT model around one; changed in place.
@@ -53,6 +64,14 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
         base._attention_before_lrsa = previous
     for module_config in _configs(base):
         module_config.lrsa = config
+    text = base.config.get_text_config()
+    if all(_declared_window(text, layer) for layer in range(layers)):
+        logger.warning(
+            "lrsa will compress nothing: every layer of %s slides over its last %d tokens. Load the model with "
+            "sliding_window=None to let it attend to everything, which LRSA then compresses.",
+            type(base).__name__,
+            text.sliding_window,
+        )
     return model
 
 
@@ -100,41 +119,74 @@ def lrsa_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """The function that transformers calls in every layer: `[B, H, T, D]` in, `[B, T, H, D]` out."""
     _refuse(module, attention_mask, dropout, kwargs)
+    cache = getattr(key, "lrsa_cache", None)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    layer = getattr(key, "lrsa_layer", None)
-    if layer is not None:
-        _compare(layer.config, _layer_config(module))
-        out = layer.attend(query, key, value, attention_mask, position_ids, scaling)
+    window = _window(module, kwargs)
+    options = {"scale": scaling, "position_ids": position_ids, "attention_mask": attention_mask}
+    if cache is not None:
+        _compare(cache.config, config_of(module))
+        out = cache.attend(module.layer_idx, window, query, key, value, **options)
     elif query.shape[2] != key.shape[2]:
         raise ValueError(
             'attention "lrsa" generates over its own cache: call model.generate(..., '
             "past_key_values=lrsa.LRSACache(config)), or lrsa.remove_lrsa(model) to use another cache."
         )
+    elif window:
+        out = sliding_attention(query, key, value, window, **options)
     else:
-        out = lrsa_attention(
-            query,
-            key,
-            value,
-            _layer_config(module),
-            scale=scaling,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-        )
+        out = lrsa_attention(query, key, value, _layer_config(module), **options)
         supervision = kwargs.get("lrsa_supervision")
         if supervision is not None:
             out = supervision.attach(module.layer_idx, query, key, value, out, scaling, position_ids, attention_mask)
     return out.transpose(1, 2), None
 
 
-def lrsa_mask(*args, q_length: int | None = None, attention_mask: torch.Tensor | None = None, **kwargs):
-    """The mask function that transformers calls once per forward: the new tokens' padding mask, `None` if all real."""
+def lrsa_mask(
+    *args,
+    q_length: int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    mask_function: Callable | None = None,
+    use_vmap: bool = False,
+    local_size: int | None = None,
+    config=None,
+    **kwargs,
+):
+    """The mask function that transformers calls once per forward: the new tokens' padding mask, `None` if all real.
+
+    Causality and sliding windows are the attention's own affair; any other pattern is refused.
+    """
+    if use_vmap or getattr(mask_function, "__name__", "") == "or_mask":
+        raise ValueError("the model adds its own pattern to the causal mask, which lrsa does not support.")
+    if local_size and local_size == getattr(config, "attention_chunk_size", None):
+        raise ValueError("the model attends within chunks (attention_chunk_size), which lrsa does not support.")
     if attention_mask is None:
         return None
     q_length = args[1] if q_length is None else q_length
     padding = attention_mask[:, -q_length:]
     return None if padding.all() else padding
+
+
+def _window(module, options: dict) -> int | None:
+    """The sliding window of a layer in tokens; some models give it to their mask only, so their config is asked."""
+    window = options["sliding_window"] if "sliding_window" in options else _sliding(module.config, module.layer_idx)
+    return _if_within(window, module.config)
+
+
+def _declared_window(config, layer: int) -> int | None:
+    return _if_within(_sliding(config, layer), config)
+
+
+def _sliding(config, layer: int) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[layer] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+def _if_within(window: int | None, config) -> int | None:
+    longest = getattr(config, "max_position_embeddings", None)
+    return None if not window or (longest and window >= longest) else window
 
 
 def _layer_config(module) -> LRSAConfig:
@@ -156,8 +208,8 @@ def _refuse(module, attention_mask, dropout, options) -> None:
     for name, meaning in REFUSED.items():
         if options.get(name) is not None:
             raise ValueError(
-                f"{type(module).__name__} {meaning} ({name}), which lrsa does not support: "
-                f"name layer {module.layer_idx} and its like in another model, or call lrsa.remove_lrsa(model)."
+                f"lrsa does not support this model: {type(module).__name__} {meaning} ({name}). "
+                "lrsa.remove_lrsa(model) gives it back its own attention."
             )
     if dropout:
         raise ValueError(
@@ -168,7 +220,7 @@ def _refuse(module, attention_mask, dropout, options) -> None:
             f"lrsa takes the 2D padding mask [batch, tokens], got {attention_mask.dim()} dimensions: "
             "pass attention_mask as the tokenizer returns it."
         )
-    if not getattr(module, "is_causal", True):
+    if not (options.get("is_causal") is not False and getattr(module, "is_causal", True)):
         raise ValueError(f"{type(module).__name__} is not causal; lrsa is for causal language models.")
 
 

@@ -1,12 +1,16 @@
-"""The cache against one forward: any chunks, any padding, real generation."""
+"""The cache against one forward: any chunks, any padding, bytes, wrong use. Generation: test_generate.py."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-import lrsa.cache
-from lrsa import LRSACache, LRSAConfig, apply_lrsa
+import lrsa
+from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
+from lrsa.cache import compressed
+from tests.feeding import close, over_cache, padded
 
 CONFIG = LRSAConfig(3, 8, 2)
 CHUNKS = [
@@ -16,28 +20,6 @@ CHUNKS = [
     [5, 30, 1, 1, 7, 33, 1, 22],
     [13] * 8,
 ]
-
-
-def over_cache(model, ids, chunks, config, mask=None):
-    """Logits of `ids`, fed chunk by chunk over a new cache; and that cache."""
-    cache, logits, start = LRSACache(config), [], 0
-    for size in chunks:
-        stop = min(start + size, ids.shape[1])
-        if start == stop:
-            break
-        options = {}
-        if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            options = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        with torch.no_grad():
-            logits.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **options).logits)
-        start = stop
-    return torch.cat(logits, 1), cache
-
-
-def close(found, expected):
-    """fp64 through three to five layers; logits are of size 1 to 30."""
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("chunks", CHUNKS, ids=lambda c: "-".join(map(str, c[:4])))
@@ -59,8 +41,8 @@ def test_other_tokens_kept_are_noticed(random_llama, monkeypatch):
     ids = torch.randint(0, 48, (1, 100))
     with torch.no_grad():
         expected = model(ids).logits
-    select = lrsa.cache.select_tokens
-    monkeypatch.setattr(lrsa.cache, "select_tokens", lambda *args: lrsa.Selection(select(*args).index.roll(1, dims=1)))
+    select = compressed.select_tokens
+    monkeypatch.setattr(compressed, "select_tokens", lambda *args: lrsa.Selection(select(*args).index.roll(1, dims=1)))
     found, _ = over_cache(model, ids, CHUNKS[0], CONFIG)
     close(found[:, : CONFIG.dense_length], expected[:, : CONFIG.dense_length])
     with pytest.raises(AssertionError):
@@ -90,10 +72,7 @@ def test_padded_batch_equals_rows_alone(random_llama, side, chunks):
     model = apply_lrsa(random_llama, CONFIG)
     lengths = [100, 61, 5, 20, 33]
     rows = [torch.randint(0, 48, (1, length)) for length in lengths]
-    ids, mask = torch.zeros(2, len(rows), 100, dtype=torch.long)
-    for row, (length, tokens) in enumerate(zip(lengths, rows, strict=True)):
-        part = slice(100 - length, 100) if side == "left" else slice(0, length)
-        ids[row, part], mask[row, part] = tokens[0], 1
+    ids, mask = padded([row[0] for row in rows], side)
     with torch.no_grad():
         alone = [model(tokens).logits[0] for tokens in rows]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -120,61 +99,6 @@ def test_mask_ignored_is_noticed(random_llama, monkeypatch):
             close(model(padded, past_key_values=LRSACache(CONFIG), **options).logits[:, 9:], expected)
 
 
-def generate(model, ids, mask, config, **options):
-    return model.generate(
-        ids,
-        attention_mask=mask,
-        past_key_values=LRSACache(config),
-        max_new_tokens=40,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        **options,
-    )[:, ids.shape[1] :]
-
-
-@pytest.mark.parametrize("chunk", [None, 8, 11])
-def test_generate_in_a_left_padded_batch(random_llama, chunk):
-    model = apply_lrsa(random_llama, CONFIG)
-    lengths = [70, 41, 5, 19]
-    ids, mask = torch.zeros(2, 4, 70, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        ids[row, 70 - length :], mask[row, 70 - length :] = torch.randint(1, 48, (length,)), 1
-    options = {} if chunk is None else {"prefill_chunk_size": chunk}
-    together = generate(model, ids, mask, CONFIG, **options)
-    for row, length in enumerate(lengths):
-        alone = ids[row : row + 1, 70 - length :]
-        assert torch.equal(generate(model, alone, torch.ones_like(alone), CONFIG), together[row : row + 1])
-    # what generation should be: the most likely token after each prefix, by one forward
-    with torch.no_grad():
-        whole = torch.cat([ids[:1], together[:1]], 1)
-        assert torch.equal(model(whole).logits[:, 69:-1].argmax(-1), together[:1])
-    everything = generate(model, ids, mask, CONFIG.replace(top_k=8))
-    assert not torch.equal(everything, together)  # compression did change something
-
-
-def test_beam_search(random_llama):
-    """Beams reorder the cache: the found text must have the score that one forward gives it."""
-    model = apply_lrsa(random_llama, CONFIG)
-    ids = torch.randint(1, 48, (2, 50))
-    found = model.generate(
-        ids,
-        past_key_values=LRSACache(CONFIG),
-        num_beams=3,
-        max_new_tokens=12,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        length_penalty=0.0,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    with torch.no_grad():
-        log = model(found.sequences).logits[:, 49:-1].log_softmax(-1)
-    score = log.gather(2, found.sequences[:, 50:, None]).sum((1, 2))
-    close(found.sequences_scores, score.to(found.sequences_scores.dtype))
-
-
 def test_skip_layers_stay_dense(random_llama):
     config = CONFIG.replace(skip_layers=(0, 2))
     model = apply_lrsa(random_llama, config)
@@ -187,15 +111,82 @@ def test_skip_layers_stay_dense(random_llama):
         assert [layer.held() for layer in cache.layers] == [[100], [CONFIG.kept_length(100)], [100]]
 
 
+PER_TOKEN = 2 * 8 * 8  # bytes of a token in a layer's keys: two KV heads of eight fp64 channels
+
+
 def test_memory_of_dropped_tokens_is_released(random_llama):
-    """Bytes of the storage, not of a view; and the buffer stays flat per kept token while decoding."""
+    """Bytes of the storage, not of a view, after one shot, after chunks and while decoding."""
     model = apply_lrsa(random_llama, CONFIG)
     ids = torch.randint(0, 48, (1, 400))
-    _, cache = over_cache(model, ids, [400], CONFIG)
-    layer, per_token = cache.layers[0], 2 * 8 * 8  # two KV heads of eight fp64 channels
-    assert layer.keys.untyped_storage().nbytes() == CONFIG.kept_length(400) * per_token
+    for chunks in ([400], [100, 300], [391, 9]):
+        _, cache = over_cache(model, ids, chunks, CONFIG)
+        for states in (x for layer in cache.layers for x in (layer.keys, layer.values)):
+            assert states.untyped_storage().nbytes() == CONFIG.kept_length(400) * PER_TOKEN
     _, cache = over_cache(model, ids, [1] * 400, CONFIG)
-    assert cache.layers[0].keys.untyped_storage().nbytes() <= (CONFIG.kept_length(400) + 80) * per_token
+    assert cache.layers[0].keys.untyped_storage().nbytes() <= (CONFIG.kept_length(400) + 80) * PER_TOKEN
+
+
+def test_growth_is_amortised(random_llama, monkeypatch):
+    """Decoding copies the buffer now and then, not for every token."""
+    model = apply_lrsa(random_llama, CONFIG)
+    copies = []
+    pad = torch.nn.functional.pad
+    monkeypatch.setattr("lrsa.cache.rows.F.pad", lambda *args: copies.append(1) or pad(*args))
+    over_cache(model, torch.randint(0, 48, (1, 400)), [10] + [1] * 390, CONFIG)
+    grown = CONFIG.kept_length(400) - 10
+    assert 0 < len(copies) / (3 * 2) <= grown / 64 + 1  # keys and values of three layers
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **kwargs or {})
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *made])
+        return out
+
+
+@pytest.mark.parametrize("layers", ["lrsa", "skipped", "sliding"])
+def test_prefill_makes_nothing_of_size_t_by_t(random_llama, layers):
+    """One shot and a second turn of 3000 tokens: the largest tensor is a linear layer's, or one of the window's."""
+    model = apply_lrsa(random_llama, CONFIG.replace(skip_layers=(0, 1, 2) if layers == "skipped" else ()))
+    if layers == "sliding":
+        model.config.sliding_window = 100
+    config = model.config.lrsa
+    ids = torch.randint(0, 48, (1, 3000))
+    cache = LRSACache(config)
+    for _ in range(2):
+        with Largest() as largest, torch.no_grad():
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        assert 64 * 3000 <= largest.elements < 3000 * 3000 / 2
+    dense = remove_lrsa(model)
+    with Largest() as largest, torch.no_grad():
+        dense(ids, attention_mask=(ids >= 0).long().index_fill(1, torch.tensor([0]), 0), logits_to_keep=1)
+    assert largest.elements >= 3000 * 3000  # what the measuring finds where a mask is made
+
+
+@pytest.mark.slow
+def test_ten_thousand_tokens_stay_flat(random_llama):
+    """Decoding at lag 16: the bytes held per kept token do not grow."""
+    config = LRSAConfig(4, 16, 4)
+    model = apply_lrsa(random_llama, config)
+    cache, ids = LRSACache(config), torch.randint(0, 48, (1, 1))
+    per_token = {}
+    for seen in range(1, 10_001):
+        with torch.no_grad():
+            ids = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        if seen in (1000, 3000, 10_000):
+            layer = cache.layers[0]
+            assert layer.held() == [config.kept_length(seen)]
+            per_token[seen] = layer.keys.untyped_storage().nbytes() / config.kept_length(seen)
+    assert config.kept_length(10_000) < 2600
+    assert all(
+        PER_TOKEN <= found <= PER_TOKEN * (1 + 1 / 32) + 64 * PER_TOKEN / config.kept_length(seen)
+        for seen, found in per_token.items()
+    )
 
 
 def test_wrong_use_is_named(random_llama):
@@ -206,9 +197,13 @@ def test_wrong_use_is_named(random_llama):
         model(ids[:1, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(10)
+    with pytest.raises(ValueError, match="cannot be offloaded"):
+        cache.offload(0)
+    with pytest.raises(ValueError, match="'sparse' or 'dense', got 'lagkv'"):
+        LRSACache(CONFIG, prefill="lagkv")
     lrsa.remove_lrsa(model)
     with pytest.raises(ValueError, match="attention is not 'lrsa'"):
-        over_cache(model, ids, [20, 10], CONFIG)
+        over_cache(model, ids, [30], CONFIG)  # at the second layer of the first forward
     apply_lrsa(model, CONFIG)
     with pytest.raises(ValueError, match="generates over its own cache"):
         model.generate(ids, max_new_tokens=3)

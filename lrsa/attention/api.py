@@ -1,4 +1,4 @@
-"""The public attention function: checks, cutting the batch into documents, and the choice of implementation.
+"""The public attention function: checks, and the choice of implementation.
 
 Shapes: B batch, H query heads, G KV heads, T tokens of a row, D head dim.
 """
@@ -11,7 +11,7 @@ import logging
 import torch
 
 from lrsa.attention import rectangles, reference
-from lrsa.attention.documents import Gather, Scatter, find_documents
+from lrsa.attention.documents import attend_documents
 from lrsa.config import LRSAConfig
 
 logger = logging.getLogger(__name__)
@@ -53,14 +53,8 @@ def lrsa_attention(
         impl = _choose(query.device.type, query.dtype)
     attend = IMPLEMENTATIONS[impl]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    groups = find_documents(attention_mask, position_ids, (query.shape[0], query.shape[2]))
-    if len(groups) == 1 and groups[0].whole:
-        return attend(query, key, value, config, scale)
-    if not groups:
-        return torch.zeros_like(query)
-    parts = zip(*(Gather.apply(x, groups) for x in (query, key, value)), strict=True)
-    found = [attend(*part, config, scale) for part in parts]
-    return Scatter.apply(groups, (query.shape[0], query.shape[2]), *found)
+    attend_rows = functools.partial(attend, config=config, scale=scale)
+    return attend_documents(attend_rows, query, key, value, attention_mask, position_ids)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ the longest has M.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +117,33 @@ def find_documents(
     references = tuple((lambda: None) if t is None else weakref.ref(t) for t in (attention_mask, position_ids))
     _memo = (asked, references, groups)
     return groups
+
+
+def attend_documents(
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run `attend`, an attention over rows without padding, over every document of a batch by itself.
+
+    Args:
+        query: `[B, H, T, D]`; key, value: `[B, G, T, D]`.
+        attention_mask, position_ids: as `find_documents` takes them.
+
+    Returns:
+        `[B, H, T, D]`; 0 at padding.
+    """
+    shape = query.shape[0], query.shape[2]
+    groups = find_documents(attention_mask, position_ids, shape)
+    if len(groups) == 1 and groups[0].whole:
+        return attend(query, key, value)
+    if not groups:
+        return torch.zeros_like(query)
+    parts = zip(*(Gather.apply(x, groups) for x in (query, key, value)), strict=True)
+    return Scatter.apply(groups, shape, *(attend(*part) for part in parts))
 
 
 def _identity(tensor: torch.Tensor | None) -> tuple | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from lrsa.attention import kernels
+from lrsa.attention import kernels, sliding
 from lrsa.attention.pieces import Piece, pieces
 from lrsa.config import LRSAConfig
 from lrsa.selection import select_tokens
@@ -33,7 +33,7 @@ def attend(
     """
     tokens, length = query.shape[2], key.shape[2]
     if length <= config.dense_length or config.top_k == config.lag_size:
-        return _dense(query, key, value, scale)
+        return sliding.attend(query, key, value, length, scale)  # a window over everything
     # Rows of queries that are already answered are made up, so that the pieces below stay whole: at most two windows
     # of them behind a sink that holds everything older, as in a cache.
     missing = length - tokens
@@ -41,16 +41,6 @@ def attend(
     if made_up:
         query = F.pad(query, (0, 0, made_up, 0))
     return _attend(query, key, value, *_numbers(config), scale)[0][:, :, made_up:]
-
-
-def _dense(query, key, value, scale):
-    tokens, length = query.shape[2], key.shape[2]
-    if tokens == length:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    mask = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril(length - tokens)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=None if tokens == 1 else mask, scale=scale, enable_gqa=True
-    )
 
 
 # Operators of their own, so that selective checkpointing can keep the output and compilers see one opaque call.

@@ -1,0 +1,3 @@
+from lrsa.cache.api import LRSACache
+
+__all__ = ["LRSACache"]

@@ -1,0 +1,90 @@
+"""The cache that transformers is given: one layer of the right kind for every layer of the model.
+
+transformers hands a cache the new keys and values before the attention runs, and does not say which module they come
+from. So `update` only announces them, and the attention "lrsa", which knows its layer, calls `attend`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from transformers.cache_utils import Cache
+
+from lrsa.cache.compressed import CompressedLayer
+from lrsa.cache.rows import RowsLayer
+from lrsa.cache.sliding import SlidingLayer
+from lrsa.config import LRSAConfig
+
+
+class LRSACache(Cache):
+    """A compressed KV cache: `model.generate(**inputs, past_key_values=LRSACache(config))`.
+
+    The model must run the attention "lrsa" (`lrsa.apply_lrsa`). Use a new cache for every batch of prompts; a
+    conversation goes on over its own. Layers with a sliding window keep their window instead.
+
+    Args:
+        config: the settings that the model was trained with, from its `lrsa_config.json`.
+        prefill: what the tokens of a prompt see. `"sparse"` is what the model met in training under LRSA: the same
+            tokens however the prompt is cut. `"dense"` is for models that were not trained so, as in LagKV: all of
+            what is held and all earlier tokens of the same forward, which are dropped behind it; then
+            `prefill_chunk_size` of `generate` changes the result. Decoding is the same in both.
+
+    Source: LagKV, arXiv 2504.04704; LRSA, arXiv 2506.11498.
+    """
+
+    is_croppable = False
+
+    def __init__(self, config: LRSAConfig, prefill: Literal["sparse", "dense"] = "sparse"):
+        if prefill not in ("sparse", "dense"):
+            raise ValueError(f"prefill must be 'sparse' or 'dense', got {prefill!r}.")
+        self.config, self.prefill = config, prefill
+        self._announced = False
+        super().__init__(layers=[])
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Announce new keys and values; `attend`, which the attention "lrsa" calls next, takes them in."""
+        if self._announced:
+            raise ValueError(
+                "LRSACache was given to a model whose attention is not 'lrsa', so nothing would be compressed: call "
+                "lrsa.apply_lrsa(model, config) first and start with a new cache; for a model that was not trained "
+                "under LRSA, LRSACache(config, prefill='dense')."
+            )
+        self._announced = True
+        key_states.lrsa_cache = self
+        return key_states, value_states
+
+    def attend(self, layer_idx: int, window: int | None, *args, **kwargs) -> torch.Tensor:
+        """Attention of a layer's new tokens, which are then stored: see `RowsLayer.attend`.
+
+        Args:
+            layer_idx: index of the layer; window: its sliding window in tokens, `None` if it attends to everything.
+        """
+        self._announced = False
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self._new_layer(len(self.layers), window))
+        return self.layers[layer_idx].attend(*args, **kwargs)
+
+    def _new_layer(self, layer_idx: int, window: int | None) -> RowsLayer:
+        return SlidingLayer(window) if window else CompressedLayer(self.config.for_layer(layer_idx), self.prefill)
+
+    def reset(self) -> None:
+        self._announced = False
+        super().reset()
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(
+            "assisted decoding takes tokens back, and an LRSACache has dropped what they displaced: call generate "
+            "without assistant_model and prompt_lookup_num_tokens."
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("LRSACache cannot be cropped, because dropped tokens are gone: start with a new LRSACache.")
+
+    def _hold_state(self, *args, **kwargs):
+        raise ValueError(
+            "LRSACache holds keys and values, and this model has layers with another state (recurrent, convolution or "
+            "indexer): use the model's own cache."
+        )
+
+    update_conv_state = update_recurrent_state = update_indexer = _hold_state

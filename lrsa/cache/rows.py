@@ -1,0 +1,202 @@
+"""What the cache layers share: rows of different lengths in one buffer, and the attention over them.
+
+A layer holds every row from its first real token on, left-aligned; padding is never stored. The layer runs the
+attention of its new tokens itself, because the rule is *attend first, then drop*.
+
+Shapes: B batch, H query heads, G KV heads, T new tokens, S tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import CacheLayerMixin
+
+from lrsa.attention.documents import find_documents
+
+
+class RowsLayer(CacheLayerMixin):
+    """The cache of one layer; `CompressedLayer` and `SlidingLayer` say what stays of a row, and where it lies.
+
+    Attributes:
+        keys, values: buffers `[B, G, capacity, D]`; of row `b` the first `held()[b]` tokens are in use.
+        seen: real tokens of each row so far; all else about a row follows from it.
+        columns: tokens so far including padding, which is how transformers counts.
+    """
+
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self):
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.columns = 0
+        self.seen: list[int] = []
+
+    def length(self, seen: int) -> int:
+        """Tokens held of a row of `seen` tokens."""
+        raise NotImplementedError
+
+    def held(self) -> list[int]:
+        """Tokens held of each row."""
+        return [self.length(seen) for seen in self.seen]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Attention of the new tokens over what is held and themselves; then store them and drop what the rule drops.
+
+        Args:
+            query: `[B, H, T, D]`; key, value: the new tokens, `[B, G, T, D]`.
+            attention_mask: `[B, T]`, nonzero where a new token is real; `None` when all are.
+            position_ids: as `lrsa_attention` takes them; used while the cache is empty.
+
+        Returns:
+            `[B, H, T, D]`, 0 at padding.
+        """
+        if self.is_initialized and len(self.seen) != query.shape[0]:
+            raise ValueError(
+                f"this LRSACache holds a batch of {len(self.seen)}, got {query.shape[0]} rows: "
+                "use a new LRSACache for every batch of prompts."
+            )
+        tokens = query.shape[2]
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        new = [tokens] * len(query) if attention_mask is None else attention_mask.bool().sum(1).tolist()
+        if not any(self.seen):
+            out = self._first(query, key, value, attention_mask, position_ids, new, scale)
+        elif tokens == 1:
+            out = self._decode(query, key, value, new, scale)
+        else:
+            out = self._extend(query, key, value, attention_mask, new, scale)
+        self.columns += tokens
+        return out
+
+    def _first(self, query, key, value, attention_mask, position_ids, new: list[int], scale: float) -> torch.Tensor:
+        """The first tokens of every row."""
+        documents = find_documents(attention_mask, position_ids, (len(new), query.shape[2]))
+        if sum(group.shape[0] for group in documents) > len(new):
+            raise ValueError("an LRSACache row holds one document, got packed rows: give each a row of its own.")
+        out = self._attend_whole(
+            query, key, value, scale=scale, position_ids=position_ids, attention_mask=attention_mask
+        )
+        if attention_mask is not None:
+            key, value = (_left_aligned(x, attention_mask) for x in (key, value))
+        self.keys, self.values = self._remains(key, value, new)
+        self.seen, self.is_initialized = new, True
+        return out
+
+    def _decode(self, query, key, value, new: list[int], scale: float) -> torch.Tensor:
+        """One token per row: write it into the row's next place, attend, and drop in rows whose windows are full."""
+        batch, heads, _, channels = query.shape
+        device = key.device
+        places = [self._place(seen) for seen in self.seen]
+        self._reserve(max(places) + 1)
+        rows = torch.tensor([row for row, count in enumerate(new) if count], device=device)
+        ends = torch.tensor([places[row] for row, count in enumerate(new) if count], device=device)
+        self.keys[rows, :, ends], self.values[rows, :, ends] = key[rows, :, 0], value[rows, :, 0]
+        state = zip(self.held(), places, new, strict=True)
+        held = [max(length, place + 1) if count else length for length, place, count in state]
+        mask = None
+        if min(held) < max(held):
+            mask = torch.arange(max(held), device=device) < torch.tensor(held, device=device)[:, None]
+            mask = mask[:, None, None]
+        # The query heads of a KV head are the rows of one small attention, so that its keys are read once.
+        out = F.scaled_dot_product_attention(
+            query.reshape(batch, key.shape[1], -1, channels),
+            self.keys[:, :, : max(held)],
+            self.values[:, :, : max(held)],
+            attn_mask=mask,
+            scale=scale,
+        ).reshape(batch, heads, 1, channels)
+        if not all(new):
+            out = out.masked_fill(torch.tensor(new, device=device)[:, None, None, None] == 0, 0.0)
+        before, self.seen = self.seen, [seen + count for seen, count in zip(self.seen, new, strict=True)]
+        self._drop(before)
+        return out
+
+    def _extend(self, query, key, value, attention_mask, new: list[int], scale: float) -> torch.Tensor:
+        """Several tokens per row over a filled cache: rows of one length together, each group like a fresh row."""
+        out = torch.zeros_like(query)
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = [None] * len(new)
+        for state in sorted(set(zip(self.seen, new, strict=True))):
+            rows = [row for row, found in enumerate(zip(self.seen, new, strict=True)) if found == state]
+            seen, count = state
+            at = torch.tensor(rows, device=key.device)
+            fresh = [x[at] for x in (query, key, value)]
+            if attention_mask is not None:
+                fresh = [_left_aligned(x, attention_mask[at])[:, :, :count] for x in fresh]
+            keys, values = (
+                torch.cat([self._in_order(buffer[at], seen), x], dim=2)
+                for buffer, x in zip((self.keys, self.values), fresh[1:], strict=True)
+            )
+            if count:
+                found = self._attend_behind(fresh[0], keys, values, seen, scale)
+                if attention_mask is None:
+                    out[at] = found
+                else:
+                    column = attention_mask[at].bool().nonzero()[:, 1].view(len(rows), -1)
+                    out[at[:, None], :, column] = found.transpose(1, 2)
+            keys, values = self._remains(keys, values, [keys.shape[2]] * len(rows), seen)
+            for place, row in enumerate(rows):
+                parts[row] = (keys[place], values[place])
+        self.keys, self.values = (
+            torch.nn.utils.rnn.pad_sequence([x.transpose(0, 1) for x in states], batch_first=True).transpose(1, 2)
+            for states in zip(*parts, strict=True)
+        )
+        self.seen = [seen + count for seen, count in zip(self.seen, new, strict=True)]
+        return out
+
+    def _reserve(self, length: int) -> None:
+        """Make room for rows of `length` tokens; the slack of 1/32 makes growing cheap on average."""
+        missing = length - self.keys.shape[2]
+        if missing > 0:
+            missing += max(64, length // 32)
+            self.keys, self.values = (F.pad(x, (0, 0, 0, missing)) for x in (self.keys, self.values))
+
+    def update(self, *args, **kwargs):
+        raise ValueError("a layer of an LRSACache is filled through the cache: call LRSACache.update.")
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the first tokens bring the buffers."""
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: where the next token's column is."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        held = max(self.held(), default=0)
+        return held + query_length, self.columns - held
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = (x[indices.to(x.device)] for x in (self.keys, self.values))
+            self.seen = [self.seen[index] for index in indices.tolist()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(len(self.seen)).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        raise ValueError("LRSACache cannot be offloaded: use it without offloading; it is small by design.")
+
+
+def _left_aligned(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Move the real tokens of `[B, G, T, D]` to the front of their row, in order."""
+    order = (~attention_mask.bool()).to(torch.uint8).argsort(dim=1, stable=True)
+    return states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
