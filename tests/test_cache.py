@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer
@@ -10,6 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import lrsa
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
 from lrsa.cache import compressed
+from lrsa.selection import select_tokens
 from tests.feeding import close, over_cache, padded
 
 CONFIG = LRSAConfig(3, 8, 2)
@@ -109,6 +111,30 @@ def test_skip_layers_stay_dense(random_llama):
         found, cache = over_cache(model, ids, chunks, config)
         close(found, expected)
         assert [layer.held() for layer in cache.layers] == [[100], [CONFIG.kept_length(100)], [100]]
+
+
+@pytest.mark.parametrize("chunks", [[70], [30, 40], [8] * 9, [25, 1, 9, 20, 1, 14]], ids=str)
+def test_dense_prefill_sees_all_that_is_held(chunks):
+    """`prefill="dense"` against the plain rule: every chunk sees what earlier chunks left, and itself causally."""
+    states = torch.randn(3, 2, 2, 70, 8, dtype=torch.float64)
+    query, key, value = states
+    layer = compressed.CompressedLayer(CONFIG, "dense")
+    start = 0
+    for size in chunks:
+        stop = min(start + size, 70)
+        found = layer.attend(*(x[:, :, start:stop] for x in states))
+        seen = torch.zeros(2, 2, 1, stop, dtype=torch.bool)
+        cut = CONFIG.sink_size + CONFIG.compressed_windows(start) * CONFIG.lag_size
+        kept = select_tokens(key[:, :, :start], value[:, :, :start], CONFIG).index.flatten(2)
+        seen.scatter_(3, kept[:, :, None], True)
+        position = torch.arange(stop)
+        seen |= (position < CONFIG.sink_size) | (position >= cut)
+        seen = seen & (position <= torch.arange(start, stop)[:, None])
+        close(
+            found, F.scaled_dot_product_attention(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], seen)
+        )
+        start = stop
+    assert layer.held() == [CONFIG.kept_length(70)] * 2
 
 
 PER_TOKEN = 2 * 8 * 8  # bytes of a token in a layer's keys: two KV heads of eight fp64 channels

@@ -28,9 +28,17 @@ def rows(lengths=LENGTHS):
     return [torch.randint(1, 48, (length,)) for length in lengths]
 
 
-@pytest.fixture
-def model(random_llama):
+@pytest.fixture(params=["compressed", "sliding and compressed"])
+def model(random_llama, request):
+    if request.param != "compressed":
+        random_llama.config.sliding_window = 12
+        random_llama.config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     return apply_lrsa(random_llama, CONFIG)
+
+
+def compressed(cache):
+    """A layer that does not slide."""
+    return next(layer for layer in cache.layers if not layer.is_sliding)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 8, 11, 64, 1000])
@@ -143,7 +151,7 @@ def test_conversation_over_one_cache(model, chunk):
         mask = torch.cat([mask, torch.ones_like(new), said_mask], 1)
         history = [torch.cat([old, line]) for old, line in zip(history, rows([12 + turn, 1, 30, 7]), strict=True)]
     assert cache.get_seq_length() == ids.shape[1] - said.shape[1] - 1
-    assert max(cache.layers[0].held()) < max(map(len, history)) / 2
+    assert max(compressed(cache).held()) < max(map(len, history)) / 2
 
 
 def test_batch_operations(model):
@@ -169,7 +177,7 @@ def test_batch_operations(model):
     ):
         cache = filled()
         getattr(cache, name)(argument)
-        assert cache.layers[0].held() == [CONFIG.kept_length(LENGTHS[row]) for row in order]
+        assert compressed(cache).held() == [CONFIG.kept_length(LENGTHS[row]) for row in order]
         close(decode(cache, order), plain[order])
         empty = LRSACache(CONFIG)
         getattr(empty, name)(argument)
@@ -193,28 +201,19 @@ def test_skipped_layers(random_llama):
     assert [layer.held() for layer in cache.layers] == [[CONFIG.kept_length(109)], [109], [CONFIG.kept_length(109)]]
 
 
-@pytest.mark.parametrize("chunk", [None, 20, 8])
-def test_dense_prefill_for_models_trained_otherwise(model, chunk):
-    """What the tokens of one forward see is then all held and all before them, and only afterwards is it dropped."""
+def test_dense_prefill_for_models_trained_otherwise(model):
     ids, mask = padded(rows())
-    found = generate(model, ids, mask, past_key_values=LRSACache(CONFIG, prefill="dense"), prefill_chunk_size=chunk)
-    for row, tokens in enumerate(rows()[:3]):  # the padding cuts rows into other chunks than they have alone
-        if chunk is None or row == 0:
-            cache = LRSACache(CONFIG, prefill="dense")
-            alone = generate(model, tokens[None], past_key_values=cache, prefill_chunk_size=chunk)
-            assert torch.equal(alone[0], found[row])
-            assert cache.layers[0].held() == [CONFIG.kept_length(len(tokens) + 39)]
+    found = generate(model, ids, mask, past_key_values=LRSACache(CONFIG, prefill="dense"))
+    for row, tokens in enumerate(rows()):
+        cache = LRSACache(CONFIG, prefill="dense")
+        assert torch.equal(generate(model, tokens[None], past_key_values=cache)[0], found[row])
+        assert compressed(cache).held() == [CONFIG.kept_length(len(tokens) + 39)]
+    first, _ = over_cache(model, ids[:1], [70], CONFIG, prefill="dense")
     with torch.no_grad():
         sparse = model(ids[:1]).logits
-        apply_lrsa(model, CONFIG.replace(top_k=8))
-        dense = model(ids[:1]).logits
-    logits = over_cache(model, ids[:1], [70] if chunk is None else [chunk] * 9, CONFIG, prefill="dense")[0]
-    if chunk is None:
-        close(logits, dense)
-    elif chunk == 8:  # a chunk of one window sees what LRSA sees, but of the window before the previous one nothing yet
-        close(logits[:, : CONFIG.dense_length], sparse[:, : CONFIG.dense_length])
-    with pytest.raises(AssertionError):
-        close(logits, sparse)
+        dense = apply_lrsa(model, CONFIG.replace(top_k=8))(ids[:1]).logits
+    close(first, dense)
+    assert (sparse - dense).abs().max() > 0.1
 
 
 def test_refused(model, random_llama):
@@ -241,16 +240,19 @@ def test_stories_writes_the_same_256_tokens(stories, shared):
     whole = torch.cat([prompts[0][None], alone], 1)
     with torch.no_grad():
         assert torch.equal(model(whole).logits[:, len(prompts[0]) - 1 : -1].argmax(-1), alone)
-    for chunk in (1, 16, 37, 200):
+    for chunk in (1, 16, 37):
         assert torch.equal(generate(model, prompts[0][None], config=config, new=256, prefill_chunk_size=chunk), alone)
     ids, mask = padded(prompts)
-    for chunk in (None, 1, 50):
-        together = generate(model, ids, mask, config, 256, prefill_chunk_size=chunk)
-        assert torch.equal(together[:1], alone)
-    for row, prompt in enumerate(prompts[1:], 1):
-        assert torch.equal(generate(model, prompt[None], config=config, new=256)[0], together[row])
+    together = generate(model, ids, mask, config, 256)
+    assert torch.equal(together[:1], alone)
+    for prompt, answer in zip(prompts, together, strict=True):
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, answer])[None]).logits
+        assert torch.equal(logits[0, len(prompt) - 1 : -1].argmax(-1), answer)
+    for chunk in (1, 50):
+        assert torch.equal(generate(model, ids, mask, config, 256, prefill_chunk_size=chunk), together)
     everything = generate(model, prompts[0][None], config=config.replace(top_k=16), new=256)
     assert not torch.equal(everything, alone)
 
 
-PROMPTS = [(0, 900), (3000, 20), (5000, 60), (7000, 400), (9000, 100), (11000, 700), (13000, 250), (15000, 30)]
+PROMPTS = [(0, 600), (3000, 20), (5000, 60), (7000, 400), (9000, 100), (11000, 500), (13000, 250), (15000, 30)]

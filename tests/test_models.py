@@ -254,7 +254,7 @@ def test_a_pattern_of_the_models_own_is_refused():
     """Gemma 3 lets the tokens of an image see each other, which is more than causal."""
     model = apply_lrsa(GEMMA.model(), CONFIG)
     model.config.use_bidirectional_attention = True
-    with pytest.raises(ValueError, match="lrsa"):
+    with pytest.raises(ValueError, match="own pattern"):
         model(torch.zeros(1, 5, dtype=torch.long))
 
 

@@ -84,7 +84,7 @@ def _moved(tokens: torch.Tensor, source: torch.Tensor, places: torch.Tensor, len
     return moved
 
 
-_memo: tuple | None = None  # every layer of a model asks about the same two tensors
+_memo: list[tuple] = []  # every layer asks about the same tensors; a model with sliding windows has two masks
 
 
 def find_documents(
@@ -103,19 +103,16 @@ def find_documents(
     Returns:
         The groups; a single `whole` one when every row is one document from its first token to its last.
     """
-    global _memo
     if attention_mask is None and position_ids is None:
         return [Group(None, None, shape, whole=True)]
     asked = (_identity(attention_mask), _identity(position_ids), shape)
-    if (
-        _memo is not None
-        and _memo[0] == asked
-        and all(t is None or ref() is t for ref, t in zip(_memo[1], (attention_mask, position_ids), strict=True))
-    ):
-        return _memo[2]
+    for known, references, groups in _memo:
+        same = zip(references, (attention_mask, position_ids), strict=True)
+        if known == asked and all(tensor is None or reference() is tensor for reference, tensor in same):
+            return groups
     groups = _find(attention_mask, position_ids, shape)
     references = tuple((lambda: None) if t is None else weakref.ref(t) for t in (attention_mask, position_ids))
-    _memo = (asked, references, groups)
+    _memo[:] = [(asked, references, groups), *_memo[:1]]
     return groups
 
 
