@@ -11,6 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import lrsa
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
 from lrsa.cache import compressed
+from lrsa.cache.sliding import SlidingLayer
 from lrsa.selection import select_tokens
 from tests.feeding import close, over_cache, padded
 
@@ -150,6 +151,16 @@ def test_memory_of_dropped_tokens_is_released(random_llama):
             assert states.untyped_storage().nbytes() == CONFIG.kept_length(400) * PER_TOKEN
     _, cache = over_cache(model, ids, [1] * 400, CONFIG)
     assert cache.layers[0].keys.untyped_storage().nbytes() <= (CONFIG.kept_length(400) + 80) * PER_TOKEN
+
+
+@pytest.mark.parametrize("layer", [compressed.CompressedLayer(CONFIG), SlidingLayer(50)])
+@pytest.mark.parametrize("tokens", [10, 100])
+def test_no_view_of_what_the_model_computed(layer, tokens):
+    """Phi-3 computes query, key and value as one tensor, which a view would keep alive."""
+    layer.reset()
+    fused = torch.randn(1, 6, tokens, 8, dtype=torch.float64).chunk(3, dim=1)
+    layer.attend(*fused)
+    assert layer.keys.untyped_storage().nbytes() == layer.held()[0] * PER_TOKEN
 
 
 def test_growth_is_amortised(random_llama, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask
 
 from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
 from lrsa.cache import LRSACache, compressed, sliding
@@ -250,12 +251,15 @@ def test_the_way_out_that_the_message_names(name, option, tmp_path):
     remove_lrsa(model)
 
 
-def test_a_pattern_of_the_models_own_is_refused():
-    """Gemma 3 lets the tokens of an image see each other, which is more than causal."""
-    model = apply_lrsa(GEMMA.model(), CONFIG)
-    model.config.use_bidirectional_attention = True
+@pytest.mark.parametrize("option", ["or_mask_function", "and_mask_function", "block_sequence_ids"])
+def test_a_pattern_of_the_models_own_is_refused(option):
+    """As when the tokens of an image see each other: only the mask shows it, never the attention call."""
+    config = apply_lrsa(GEMMA.model(), CONFIG).config
+    value = torch.zeros(1, 5) if option == "block_sequence_ids" else lambda batch, head, query, key: query >= key
+    plain = {"config": config, "inputs_embeds": torch.zeros(1, 5, 32), "attention_mask": None, "past_key_values": None}
+    assert create_causal_mask(**plain) is None
     with pytest.raises(ValueError, match="own pattern"):
-        model(torch.zeros(1, 5, dtype=torch.long))
+        create_causal_mask(**plain, **{option: value})
 
 
 if __name__ == "__main__":
