@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -199,7 +200,9 @@ _of_layer = functools.lru_cache(maxsize=1024)(LRSAConfig.for_layer)
 @functools.lru_cache(maxsize=64)
 def _compare(cache: LRSAConfig, model: LRSAConfig) -> None:
     """Warn once when the cache keeps other tokens than the model was set to."""
-    differ = [f"{name} {cache[name]} against {model[name]}" for name in model if cache[name] != model[name]]
+    names = [field.name for field in fields(LRSAConfig)]
+    pairs = [(name, getattr(cache, name), getattr(model, name)) for name in names]
+    differ = [f"{name} {mine} against {theirs}" for name, mine, theirs in pairs if mine != theirs]
     if differ:
         logger.warning("this LRSACache differs from the model's LRSA settings (%s)", ", ".join(differ))
 

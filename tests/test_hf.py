@@ -153,7 +153,12 @@ def test_cache_of_other_settings_warns(random_llama, caplog):
     apply_lrsa(random_llama, CONFIG)
     with caplog.at_level(logging.WARNING, logger="lrsa"):
         logits(random_llama, torch.zeros(1, 5, dtype=torch.long), past_key_values=LRSACache(CONFIG.replace(top_k=3)))
+        logits(random_llama, torch.zeros(1, 5, dtype=torch.long), past_key_values=LRSACache(CONFIG.replace(top_k=3)))
     assert "top_k 3 against 2" in caplog.text and len(caplog.records) == 1
+    apply_lrsa(random_llama, CONFIG.replace(score="recent"))
+    with caplog.at_level(logging.WARNING, logger="lrsa"):
+        logits(random_llama, torch.zeros(1, 5, dtype=torch.long), past_key_values=LRSACache(CONFIG))
+    assert "score lag_relative against recent" in caplog.text
 
 
 def test_refused_by_name(random_llama):
