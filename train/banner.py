@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -11,6 +13,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from data import DataReport
+from train.estimate import Plan, plan_run, shape_of, this_device
+from train.estimate.report import memory_line, time_line
 from train.settings import RunSettings
 from train.trainer import LRSATrainer, kept_tokens
 
@@ -46,6 +50,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
         ("data", f"{report.rows} rows{packed}, {report.compressed_share:.1%} long enough to be compressed"),
         ("steps", f"{steps}, {steps / max(per_epoch, 1):.2f} epochs, learning rate {args.learning_rate:g}"),
         ("machine", _machine(trainer)),
+        *_predicted(settings, trainer, report, steps),
         ("output", str(args.output_dir)),
     ]  # fmt: skip
     positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
@@ -53,6 +58,28 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
         text = f"rows of up to {report.lengths['longest']:.0f} tokens go beyond the model's {positions} positions"
         lines.append(("warning", f"{text}: lower data.context_length, or use a model with longer context"))
     return lines
+
+
+def plan_of(settings: RunSettings, trainer: LRSATrainer) -> Plan | str:
+    """What memory and time of a run are predicted from, or the reason why they cannot be."""
+    args, local = trainer.args, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = this_device(local, use_cpu=args.device.type == "cpu")
+    try:
+        plan = plan_run(settings, shape_of(trainer.model, settings.lora.r), device, args.world_size)
+    except ValueError as error:
+        return str(error)
+    return replace(plan, lrsa=trainer.lrsa, batch=args.per_device_train_batch_size)
+
+
+def _predicted(settings: RunSettings, trainer: LRSATrainer, report: DataReport, steps: int) -> list[tuple[str, str]]:
+    """Predicted memory, and time where the device's speed is known."""
+    plan = plan_of(settings, trainer)
+    if isinstance(plan, str):
+        return [("memory", f"not predicted: {plan}")]
+    if not trainer.args.packing:
+        plan = replace(plan, length=int(report.lengths["longest"]))
+    lines = [("memory", memory_line(plan)), ("time", time_line(replace(plan, steps=steps)))]
+    return [(name, text) for name, text in lines if text is not None]
 
 
 def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from train.problems import Problem, SettingsError
 from train.sections import LoraSettings, ModelSettings
@@ -39,6 +46,15 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     """
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else "auto"
     return _load(AutoModelForCausalLM, settings, dtype=dtype)
+
+
+def load_config(settings: ModelSettings) -> PreTrainedConfig:
+    """The base model's config.json alone.
+
+    Raises:
+        SettingsError: when there is no such model.
+    """
+    return _load(AutoConfig, settings)
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:

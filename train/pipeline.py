@@ -17,12 +17,13 @@ import data
 from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
 from train import environment
 from train.adapter import verify_adapter
-from train.banner import print_banner
+from train.banner import plan_of, print_banner
 from train.defaults import with_defaults
 from train.evaluation import evaluate_run
 from train.model import load_model, load_tokenizer, lora_config
 from train.model_card import save_model_card
 from train.objective import objective_problems
+from train.out_of_memory import is_out_of_memory, out_of_memory
 from train.problems import Problem, SettingsError
 from train.run_directory import CONFIG_NAME, check_run_directory, clear_run_directory
 from train.settings import RunSettings
@@ -101,12 +102,10 @@ def train_adapter(
     try:
         newest = get_last_checkpoint(args.output_dir) if resume and Path(args.output_dir).is_dir() else None
         trainer.train(resume_from_checkpoint=newest)
-    except torch.OutOfMemoryError as error:
-        text = (
-            "out of memory. Lower train.per_device_train_batch_size (and raise gradient_accumulation_steps), set "
-            f"train.activation_checkpointing: true, or lower data.context_length. {str(error).splitlines()[0]}"
-        )
-        raise SettingsError([Problem("", "", text)]) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(plan_of(settings, trainer), error) from error
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():

@@ -1,0 +1,98 @@
+"""Predict memory and time of a run before it starts, LRSA against dense attention; nothing is loaded but config.json.
+
+  python launch/estimate.py --config qa.yaml --gpus 8
+  python launch/estimate.py --config qa.yaml --gpus 8 --device h100 --sp-size 4 --set data.context_length=131072
+  python launch/estimate.py --scaling-table            # the tables of docs/scaling.md
+
+Ends with 0 when the run fits the device, with 3 when it does not, and with 2 for a mistake in the settings.
+Device speeds and the shares of them that training reaches are assumptions (train/estimate/devices.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+TOO_LARGE = 3
+
+
+def main() -> int:
+    # As a script, launch/ comes first on the path; the packages train and data lie one level up.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from train import environment
+
+    environment.prepare()
+    from train.command_line import Parser, explain
+    from train.estimate import DEVICES
+
+    parser = Parser(prog="launch/estimate.py", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="a YAML file, also looked up in configs/; .yaml may be left out")
+    what.add_argument("--scaling-table", action="store_true", help="print the tables of docs/scaling.md as Markdown")
+    parser.add_argument("--gpus", type=int, help="devices of the run; by default those of this machine, else 1")
+    parser.add_argument("--device", choices=[*DEVICES, "cpu"], help="by default this machine's GPU, else h100")
+    parser.add_argument("--sp-size", type=int, help="devices that share a row, instead of parallel.sp_size")
+    parser.add_argument("--zero-stage", type=int, choices=[0, 2, 3], help="instead of the file in train.deepspeed")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there as well")
+    options = parser.parse_args()
+    if options.scaling_table:
+        from train.estimate.scaling import scaling_tables
+
+        print(scaling_tables(DEVICES[options.device or "h100"]), end="")
+        return 0
+    fitting = []
+    status = explain(lambda: fitting.append(estimate(options)))
+    return status or (0 if fitting[0] else TOO_LARGE)
+
+
+def estimate(options: argparse.Namespace) -> bool:
+    """Print the prediction; whether the run fits."""
+    from rich.console import Console
+
+    from train.estimate import DEVICES, plan_run, shape_from_settings, this_device
+    from train.estimate.report import fits, print_report, report_dict
+    from train.problems import Problem, SettingsError
+    from train.settings import load_settings
+
+    # A file for DeepSpeed is read below; an installed DeepSpeed or a GPU is not needed.
+    settings = load_settings(options.config, options.set)
+    import torch
+
+    on_cpu = options.device == "cpu" or (options.device is None and bool(settings.train.get("use_cpu")))
+    gpus = options.gpus or (0 if on_cpu else torch.cuda.device_count()) or 1
+    if on_cpu or (options.device is None and torch.cuda.is_available()):
+        device = this_device(gpus, use_cpu=on_cpu, measure=True)
+    else:
+        device = DEVICES[options.device or "h100"]
+    try:
+        plan = plan_run(
+            _for_device(settings, device.on_cpu),
+            shape_from_settings(settings),
+            device,
+            gpus,
+            sp_size=options.sp_size,
+            zero_stage=options.zero_stage,
+        )
+    except ValueError as error:
+        raise error if isinstance(error, SettingsError) else SettingsError([Problem("", "", str(error))]) from error
+    print_report(Console(), plan)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report_dict(plan), indent=1) + "\n", encoding="utf-8")
+    return fits(plan)
+
+
+def _for_device(settings, on_cpu: bool):
+    """The settings with defaults as they will be on the device of the run, which need not be this machine's."""
+    from train.defaults import with_defaults
+
+    train = {"use_cpu": on_cpu} | settings.train
+    if not on_cpu:
+        train = {"bf16": not train.get("fp16")} | train
+    return with_defaults(dataclasses.replace(settings, train=train))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Everything that the memory and time of a run follow from."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lrsa import LRSAConfig
+from train.estimate.devices import Device
+from train.estimate.shape import ModelShape
+from train.settings import RunSettings
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on `gpus` devices, on rows of `length` tokens.
+
+    Attributes:
+        lrsa: the compression, or None for dense attention.
+        batch: rows of a device at a time; with `sp_size` above 1, rows of a group of devices.
+        bytes: of an element of the frozen weights and of activations.
+        autocast: whether the adapter stays in fp32 and is cast at each use, as without DeepSpeed in half precision.
+        checkpointing: whether a layer's activations are computed again in the backward pass.
+        offloading: whether what the backward pass needs waits in the memory of the host.
+        zero_stage: 0 without DeepSpeed; 2 splits the optimiser's state and the gradients, 3 the weights too.
+        offload_optimizer, offload_weights: whether they live in the memory of the host.
+        live: parameters that ZeRO-3 gathers ahead, at most.
+        steps: of the whole run, None when only the data tells.
+    """
+
+    shape: ModelShape
+    device: Device
+    lrsa: LRSAConfig | None
+    length: int
+    batch: int = 1
+    accumulation: int = 1
+    gpus: int = 1
+    sp_size: int = 1
+    bytes: int = 2
+    autocast: bool = False
+    dropout: bool = False
+    checkpointing: bool = True
+    offloading: bool = False
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    live: int = 10**9
+    steps: int | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that a device holds at a time."""
+        return self.batch * self.length / self.sp_size
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that all devices together learn from in one step."""
+        return self.batch * self.accumulation * self.gpus // self.sp_size
+
+    def dense(self) -> Plan:
+        """The same run with dense attention."""
+        return replace(self, lrsa=None)
+
+
+def plan_run(
+    settings: RunSettings,
+    shape: ModelShape,
+    device: Device,
+    gpus: int = 1,
+    *,
+    sp_size: int | None = None,
+    zero_stage: int | None = None,
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        settings: with defaults filled in (`with_defaults`).
+        gpus: processes, one for each device.
+        sp_size: devices that share a row, instead of `parallel.sp_size`.
+        zero_stage: instead of the one in the file that `train.deepspeed` names.
+
+    Raises:
+        ValueError: when `gpus` and `sp_size` do not go together, or with the model's heads.
+    """
+    sp_size = sp_size or getattr(getattr(settings, "parallel", None), "sp_size", 1)
+    _check_division(shape, gpus, sp_size)
+    train, zero = settings.train, _zero_optimization(settings.train.get("deepspeed"))
+    stage = zero.get("stage", 0) if zero_stage is None else zero_stage
+    size = BYTES[settings.model.dtype]
+    half = bool(train.get("bf16") or train.get("fp16"))
+    live = zero.get("stage3_max_live_parameters", 10**9)
+    plan = Plan(
+        shape=shape,
+        device=device,
+        lrsa=settings.lrsa,
+        length=settings.data.context_length,
+        batch=train.get("per_device_train_batch_size", 8),
+        accumulation=train.get("gradient_accumulation_steps", 1),
+        gpus=gpus,
+        sp_size=sp_size,
+        bytes=size,
+        autocast=half and stage == 0 and not train.get("deepspeed"),
+        dropout=settings.lora.lora_dropout > 0,
+        checkpointing=bool(train.get("activation_checkpointing", train.get("gradient_checkpointing"))),
+        offloading=bool(train.get("activation_offloading")),
+        zero_stage=stage,
+        offload_optimizer=_offloaded(zero, "offload_optimizer"),
+        offload_weights=stage == 3 and _offloaded(zero, "offload_param"),
+        live=live if isinstance(live, (int, float)) else 10**9,
+    )
+    return replace(plan, steps=_steps(settings, plan.rows_per_step))
+
+
+def _check_division(shape: ModelShape, gpus: int, sp_size: int) -> None:
+    if sp_size not in sizes_of_sequence_groups(shape, gpus):
+        allowed = ", ".join(map(str, sizes_of_sequence_groups(shape, gpus)))
+        raise ValueError(
+            f"sp_size must divide {gpus} devices, {shape.heads} query heads and {shape.kv_heads} KV heads "
+            f"(or be a multiple of the KV heads), got {sp_size}: choose one of {allowed}."
+        )
+
+
+def sizes_of_sequence_groups(shape: ModelShape, gpus: int) -> list[int]:
+    """Numbers of devices that can share a row: every device gets whole query heads and whole KV heads, which are
+    copied when there are fewer of them than devices."""
+    fits = [n for n in range(1, gpus + 1) if gpus % n == 0 and shape.heads % n == 0]
+    return [n for n in fits if shape.kv_heads % n == 0 or n % shape.kv_heads == 0]
+
+
+def _zero_optimization(deepspeed: str | dict | None) -> dict:
+    if isinstance(deepspeed, str):
+        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    return (deepspeed or {}).get("zero_optimization", {})
+
+
+def _offloaded(zero: dict, name: str) -> bool:
+    return (zero.get(name) or {}).get("device", "none") != "none"
+
+
+def _steps(settings: RunSettings, rows_per_step: int) -> int | None:
+    train, data = settings.train, settings.data
+    if train.get("max_steps", -1) > 0:
+        return train["max_steps"]
+    rows = data.synthetic.rows if data.kind == "synthetic" else data.max_rows
+    return rows and math.ceil(rows / rows_per_step * train.get("num_train_epochs", 3.0))
