@@ -29,6 +29,7 @@ from train.estimate.devices import this_device
 from train.estimate.duration import exchange_bytes, pairs
 from train.estimate.scaling import scaling_tables
 from train.estimate.shape import shape_from_config
+from train.sections import ObjectiveSettings
 from train.settings import load_settings
 from train.trainer import LRSATrainer
 
@@ -61,6 +62,7 @@ def trainer_of(directory, lrsa, checkpointing: bool, bf16: bool) -> LRSATrainer:
         processing_class=AutoTokenizer.from_pretrained(ROOT / "data/tiny_base"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         lrsa=lrsa,
+        objective=ObjectiveSettings(),
     )
 
 
@@ -164,6 +166,8 @@ def test_time_falls_with_gpus_and_lrsa_beats_dense_by_less_than_its_pairs(large)
     assert ours.linear == dense.linear and 1 < dense.total / ours.total < pairs(plan.dense()) / pairs(plan)
     alone = predict_duration(dataclasses.replace(plan, gpus=4, sp_size=1))
     assert ours.attention == pytest.approx(alone.attention / 4) and ours.exchange > 0 == alone.exchange
+    taught = predict_duration(dataclasses.replace(plan, teacher=True))
+    assert ours.total + dense.total / 4.5 < taught.total < ours.total + dense.total, "one dense forward more"
 
 
 def test_groups_that_do_not_divide_the_heads_are_refused(large):

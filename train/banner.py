@@ -68,7 +68,7 @@ def plan_of(settings: RunSettings, trainer: LRSATrainer) -> Plan | str:
         plan = plan_run(settings, shape_of(trainer.model, settings.lora.r), device, args.world_size)
     except ValueError as error:
         return str(error)
-    return replace(plan, lrsa=trainer.lrsa, batch=args.per_device_train_batch_size)
+    return plan if trainer.lrsa is not None else plan.dense()
 
 
 def _predicted(settings: RunSettings, trainer: LRSATrainer, report: DataReport, steps: int) -> list[tuple[str, str]]:

@@ -49,7 +49,7 @@ def linear_flops(plan: Plan) -> float:
     """Operations of one device in one step, all but attention."""
     s = plan.shape
     again = 1 if plan.checkpointing else 0
-    frozen = 2 * s.layers * s.layer_weights * (2 + again)
+    frozen = 2 * s.layers * s.layer_weights * (2 + again + plan.teacher)
     adapter = 2 * s.lora_parameters * (3 + again)
     head = 2 * s.hidden * s.vocabulary * 3  # the loss computes its logits once more in the backward pass
     return plan.tokens * plan.accumulation * (frozen + adapter + head)
@@ -58,17 +58,14 @@ def linear_flops(plan: Plan) -> float:
 def attention_flops(plan: Plan) -> float:
     """Operations of one device in one step: two matrix products a pair forward, five backward."""
     s = plan.shape
-    passes = 2 * (2 + 5 + (2 if plan.checkpointing else 0))
-    pairs = sum(_pairs(plan, layer) for layer in range(s.layers))
-    return passes * pairs * s.heads * s.head_dim * plan.batch * plan.accumulation / plan.sp_size
+    products = (2 + 5 + (2 if plan.checkpointing else 0)) * sum(pairs(plan, layer) for layer in range(s.layers))
+    if plan.teacher:
+        products += 2 * s.layers * pairs(plan.dense())
+    return 2 * products * s.heads * s.head_dim * plan.batch * plan.accumulation / plan.sp_size
 
 
 def pairs(plan: Plan, layer: int = 0) -> float:
     """Query-key pairs of one row and head."""
-    return _pairs(plan, layer)
-
-
-def _pairs(plan: Plan, layer: int) -> float:
     n, lrsa = plan.length, plan.lrsa and plan.lrsa.for_layer(layer)
     if lrsa is None or lrsa.top_k == lrsa.lag_size or n <= lrsa.dense_length:
         return n * (n + 1) / 2

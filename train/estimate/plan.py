@@ -29,6 +29,7 @@ class Plan:
         zero_stage: 0 without DeepSpeed; 2 splits the optimiser's state and the gradients, 3 the weights too.
         offload_optimizer, offload_weights: whether they live in the memory of the host.
         live: parameters that ZeRO-3 gathers ahead, at most.
+        teacher: whether each step also runs the base model with its full cache, without gradients.
         steps: of the whole run, None when only the data tells.
     """
 
@@ -49,6 +50,7 @@ class Plan:
     offload_optimizer: bool = False
     offload_weights: bool = False
     live: int = 10**9
+    teacher: bool = False
     steps: int | None = None
 
     @property
@@ -62,8 +64,8 @@ class Plan:
         return self.batch * self.accumulation * self.gpus // self.sp_size
 
     def dense(self) -> Plan:
-        """The same run with dense attention."""
-        return replace(self, lrsa=None)
+        """The same run with dense attention, which learns from cross-entropy alone."""
+        return replace(self, lrsa=None, teacher=False)
 
 
 def plan_run(
@@ -110,6 +112,7 @@ def plan_run(
         zero_stage=stage,
         offload_optimizer=_offloaded(zero, "offload_optimizer"),
         offload_weights=stage == 3 and _offloaded(zero, "offload_param"),
+        teacher=bool(settings.objective.distillation or settings.objective.selection),
         live=live if isinstance(live, (int, float)) else 10**9,
     )
     return replace(plan, steps=_steps(settings, plan.rows_per_step))

@@ -64,7 +64,9 @@ def memory_line(plan: Plan) -> str:
     working = max(found.mlp, found.attention, found.loss)
     sizes = {"weights": found.weights, "adapter": found.adapter, "kept activations": found.kept, "at work": working}
     details = ", ".join(f"{name} {_gib(size)}" for name, size in sizes.items())
-    return f"about {_gib(found.total)} of {_gib(plan.device.memory)} GiB per device predicted ({details}, and a margin)"
+    beyond = "; objective's distillation and selection come on top" if plan.teacher else ""
+    share = f"about {_gib(found.total)} of {_gib(plan.device.memory)} GiB per device predicted"
+    return f"{share} ({details}, and a margin{beyond})"
 
 
 def time_line(plan: Plan) -> str | None:
@@ -136,6 +138,10 @@ def _assumptions(plan: Plan) -> str:
     lines = [
         f"Every row is taken as {plan.length} tokens long. LRSA attention: at most {ratio:.2f} times dense's speed."
     ]
+    if plan.teacher:
+        lines.append(
+            "The memory of distillation and of the supervision of the selection comes on top: it is not predicted."
+        )
     if device.flops is not None:
         what = "measured by a matrix product" if device.on_cpu else "of the data sheet"
         lines.append(
