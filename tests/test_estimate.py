@@ -82,7 +82,7 @@ def measured_bytes(trainer: LRSATrainer) -> int:
 
 @pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
-@pytest.mark.parametrize("lrsa", [None, LRSA], ids=["dense", "lrsa"])
+@pytest.mark.parametrize("lrsa", [pytest.param(None, marks=pytest.mark.slow), LRSA], ids=["dense", "lrsa"])
 def test_memory_of_a_real_step_is_predicted_within_20_percent(lrsa, checkpointing, bf16, tmp_path, monkeypatch):
     # TRL's tile of logits is as large as a small model's activations; a narrow one lets these decide.
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 256)
@@ -139,11 +139,11 @@ def test_changes_lower_the_memory_and_those_that_fit_come_first(large):
     assert len(changes) == 3 and max(totals) < predict_memory(large).total
     kept = dataclasses.replace(large, checkpointing=False)
     assert "train.activation_checkpointing=true" in [change.text for change in helpful_changes(kept, 9)]
-    near = dataclasses.replace(large, length=2**18, batch=1, sp_size=2)
-    fitting = [change.total <= near.device.memory for change in helpful_changes(near, 9)]
-    assert fitting == sorted(fitting, reverse=True) and any(fitting)
-    assert all(change.plan.rows_per_step == near.rows_per_step for change in helpful_changes(near, 9)
-               if "batch" in change.text)  # fmt: skip
+    # Offloading is not enough here, another GPU or half the length is.
+    near = dataclasses.replace(large, length=240 * 1024, batch=1, gpus=1)
+    fitting = [change.total <= near.device.memory for change in helpful_changes(near)]
+    assert fitting == [True, True, False]
+    assert [change.other_result for change in helpful_changes(near)] == [False, True, False]
 
 
 def test_devices_share_rows_weights_and_optimiser(large):
