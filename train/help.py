@@ -10,7 +10,7 @@ import pydantic
 
 from data.settings import DataSettings
 from lrsa import LRSAConfig
-from train.sections import EvalSettings, LoraSettings, ModelSettings, ObjectiveSettings
+from train.sections import EvalSettings, LoraSettings, ModelSettings, ObjectiveSettings, ParallelSettings
 
 TRAIN = """\
   TRL's SFTConfig names, verbatim: output_dir, max_steps, num_train_epochs, learning_rate, warmup_steps,
@@ -29,6 +29,7 @@ def sections_help() -> str:
         ("objective", _pydantic_lines(ObjectiveSettings)),
         ("data", _pydantic_lines(DataSettings)),
         ("train", [TRAIN]),
+        ("parallel", _pydantic_lines(ParallelSettings)),
         ("eval", _pydantic_lines(EvalSettings)),
     ]
     return "settings:\n" + "\n".join(f"{name}:\n" + "\n".join(lines) for name, lines in parts) + "\n"

@@ -26,6 +26,13 @@ from train.objective import objective_problems
 from train.out_of_memory import is_out_of_memory, out_of_memory
 from train.problems import Problem, SettingsError
 from train.run_directory import CONFIG_NAME, check_run_directory, clear_run_directory
+from train.sequence_parallel import (
+    SequenceParallelTrainer,
+    check_sequence_parallel,
+    parallelism_config,
+    separate_rows,
+    share_rows,
+)
 from train.settings import RunSettings
 from train.trainer import LRSATrainer
 
@@ -45,6 +52,7 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
     directory = Path(settings.train["output_dir"])
     check_run_directory(settings, resume, overwrite)
     environment.start(settings.train)
+    check_sequence_parallel(settings)
     main = environment.rank() == 0
     console = Console(quiet=not main)
     args = sft_config(settings, directory)
@@ -79,6 +87,9 @@ def sft_config(settings: RunSettings, output_dir: Path) -> SFTConfig:
         SettingsError: with what TRL or transformers object to.
     """
     values = settings.train | {"output_dir": str(output_dir), "completion_only_loss": True}
+    if settings.parallel.sp_size > 1:
+        values = {"pad_to_multiple_of": settings.parallel.sp_size} | values
+        values["parallelism_config"] = parallelism_config(settings.parallel.sp_size)
     try:
         return SFTConfig(**values)
     except (ValueError, TypeError, ImportError) as error:
@@ -110,6 +121,8 @@ def train_adapter(
     trainer.save_state()
     if trainer.is_world_process_zero():
         verify_adapter(args.output_dir)
+    if settings.parallel.sp_size > 1:
+        separate_rows(args)
     trainer.accelerator.free_memory()
     del trainer
     gc.collect()
@@ -126,8 +139,11 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
         model = remove_lrsa(model) if lrsa is None else apply_lrsa(model, lrsa)
     except ValueError as error:
         raise SettingsError([Problem("", "lrsa", str(error))]) from error
+    shared = settings.parallel.sp_size > 1
+    if shared:
+        share_rows(args, model)
     try:
-        return LRSATrainer(
+        return (SequenceParallelTrainer if shared else LRSATrainer)(
             model=model,
             args=args,
             train_dataset=corpus.train,

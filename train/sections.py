@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ModelSettings(BaseModel):
@@ -69,6 +69,32 @@ class ObjectiveSettings(BaseModel):
     schedule: Literal["draw", "shrink"] = Field(
         "draw", description="draw a keep ratio for every step, or go through keep_ratios in equal parts of the run"
     )
+
+
+# What other frameworks call by these names, and why it is not here.
+NOT_PARALLEL = {
+    "cp_size": "ring context parallelism replaces the attention by one that knows causal masks only, so that nothing "
+    "would be compressed; use sp_size",
+    "tp_size": "tensor parallelism has not been tried with LoRA here; use ZeRO-3 (train.deepspeed) and sp_size",
+}
+
+
+class ParallelSettings(BaseModel):
+    """How the processes of a run divide the work beyond DeepSpeed's ZeRO, which `train.deepspeed` describes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sp_size: int = Field(
+        1, ge=1, description="processes that share every row (Ulysses sequence parallelism); the rest take other rows"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, values: dict) -> dict:
+        refused = [f"{name} cannot be set: {reason}" for name, reason in NOT_PARALLEL.items() if name in values]
+        if refused:
+            raise ValueError("; ".join(refused))
+        return values
 
 
 class EvalSettings(BaseModel):

@@ -12,12 +12,12 @@ from data.settings import DataSettings
 from lrsa import LRSAConfig
 from train.local_files import check_deepspeed, with_data_files, with_model_files
 from train.problems import SettingsError, did_you_mean, unknown_setting
-from train.sections import EvalSettings, LoraSettings, ModelSettings, ObjectiveSettings
+from train.sections import EvalSettings, LoraSettings, ModelSettings, ObjectiveSettings, ParallelSettings
 from train.sources import Source, read_source
 from train.trainer_names import check_trainer_values, trainer_names
 from train.wording import in_words
 
-SECTIONS = ("model", "lrsa", "lora", "objective", "data", "train", "eval")
+SECTIONS = ("model", "lrsa", "lora", "objective", "data", "train", "parallel", "eval")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class RunSettings:
     objective: ObjectiveSettings
     data: DataSettings
     train: dict
+    parallel: ParallelSettings
     eval: EvalSettings
     file: Path
 
@@ -42,6 +43,7 @@ class RunSettings:
             "objective": self.objective.model_dump(mode="json"),
             "data": self.data.model_dump(mode="json"),
             "train": self.train,
+            "parallel": self.parallel.model_dump(mode="json"),
             "eval": self.eval.model_dump(mode="json"),
         }
         return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)
@@ -69,6 +71,7 @@ def load_settings(config: str, overrides: list[str] | None = None) -> RunSetting
         "lora": _build(LoraSettings, "lora", sections["lora"], found),
         "objective": _build(ObjectiveSettings, "objective", sections["objective"], found),
         "data": _build(DataSettings, "data", with_data_files(source, sections["data"]), found),
+        "parallel": _build(ParallelSettings, "parallel", sections["parallel"], found),
         "eval": _build(EvalSettings, "eval", sections["eval"], found),
     }
     train = dict(sections["train"])
@@ -129,6 +132,7 @@ def _with_homes(sections: dict, found: list) -> list:
         "lora": list(LoraSettings.model_fields), "objective": list(ObjectiveSettings.model_fields),
         "data": list(DataSettings.model_fields),
         "eval": list(EvalSettings.model_fields), "train": trainer_names(),
+        "parallel": list(ParallelSettings.model_fields),
     }  # fmt: skip
     result = []
     for path, text in found:

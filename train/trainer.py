@@ -57,13 +57,16 @@ class LRSATrainer(SFTTrainer):
 
     def _count_kept(self, inputs: dict, config: LRSAConfig | None) -> None:
         """Add up, over all processes, what a cache would hold of this batch's documents and how long they are."""
-        packed = "attention_mask" not in inputs
-        lengths = inputs["cu_seq_lens_q"].diff() if packed else inputs["attention_mask"].sum(dim=1)
+        lengths = self._document_lengths(inputs)
         layers = self.model.config.get_text_config().num_hidden_layers
         kept = kept_tokens(lengths.tolist(), config, layers)
         totals = torch.tensor([kept, lengths.sum()], dtype=torch.float64, device=lengths.device)
         for index, total in enumerate(self.accelerator.reduce(totals, reduction="sum").tolist()):
             self._kept_and_seen[index] += total
+
+    def _document_lengths(self, inputs: dict) -> torch.Tensor:
+        packed = "attention_mask" not in inputs
+        return inputs["cu_seq_lens_q"].diff() if packed else inputs["attention_mask"].sum(dim=1)
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         kept, seen = self._kept_and_seen

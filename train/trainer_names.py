@@ -22,7 +22,7 @@ OWNED_ELSEWHERE = {
     "assistant_only_loss": "section data decides which tokens are trained",
     "truncation_mode": "rows are never cut; set data.context_length",
     "padding_free": "set packing: true",
-    "parallelism_config": "start several processes with the deepspeed launcher",
+    "parallelism_config": "set parallel.sp_size",
     "fsdp": "use train.deepspeed",
     "fsdp_config": "use train.deepspeed",
     "resume_from_checkpoint": "start launch/train.py with --resume",

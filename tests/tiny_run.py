@@ -1,0 +1,53 @@
+"""A directory in which a run takes seconds: a random model, documents of many lengths, and run.yaml."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "model": {"name_or_path": "model"},
+    "lrsa": {"sink_size": 4, "lag_size": 8, "top_k": 2},
+    "lora": {"r": 4, "lora_dropout": 0.1},
+    "data": {"kind": "text", "path": "text.jsonl", "eval_path": "held_out.jsonl", "context_length": 96},
+    "train": {
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 3,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "use_cpu": True,
+    },
+    "eval": {"keep_ratios": [0.5], "control": True, "enabled": False},
+}
+
+
+def make_workplace(directory: Path, tokenizer) -> Path:
+    """Fill `directory`; one epoch over its documents is four steps."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(["river", "fox", "Anna", "3", "dog"], k=rng.randint(4, 24))) for _ in range(20)]
+    rows = [json.dumps({"text": text}) + "\n" for text in documents]
+    (directory / "text.jsonl").write_text("".join(rows[:16]))
+    (directory / "held_out.jsonl").write_text("".join(rows[16:]))
+    (directory / "run.yaml").write_text(yaml.safe_dump(SETTINGS, sort_keys=False))
+    return directory
