@@ -304,10 +304,10 @@ def test_every_setting_is_in_the_help():
     from data.settings import DataSettings
     from lrsa import LRSAConfig
     from train.help import sections_help
-    from train.sections import EvalSettings, LoraSettings, ModelSettings
+    from train.sections import EvalSettings, LoraSettings, ModelSettings, ParallelSettings
 
     text = sections_help()
-    for section in (ModelSettings, LoraSettings, EvalSettings, DataSettings):
+    for section in (ModelSettings, LoraSettings, ParallelSettings, EvalSettings, DataSettings):
         assert not [name for name in section.model_fields if f"  {name}" not in text]
     assert not [line for line in text.splitlines() if line.rstrip().endswith("):")], "a setting has no meaning"
     assert all(f"  {name} (" in text for name in LRSAConfig.__dataclass_fields__)

@@ -35,11 +35,14 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
     total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     args, rows = trainer.args, len(trainer.train_dataset)
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    per_epoch = math.ceil(math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
+    groups = args.world_size // settings.parallel.sp_size
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * groups
+    per_epoch = math.ceil(math.ceil(rows / (args.per_device_train_batch_size * groups))
                           / args.gradient_accumulation_steps)  # fmt: skip
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
+    if groups < args.world_size:
+        processes = f"{groups} {'group' if groups == 1 else 'groups'} of sp_size {settings.parallel.sp_size}"
     packed = f", packed into {rows}" if args.packing else ""
     lines = [
         ("model", f"{settings.model.name_or_path}, {_count(total)} parameters in {settings.model.dtype}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from train.sections import NOT_PARALLEL
 from train.sources import Source, find_file, shown
 
 Found = list[tuple[tuple, str]]
@@ -46,14 +47,24 @@ def check_deepspeed(source: Source, train: dict) -> Found:
     """Makes the path of the DeepSpeed file in `train` absolute, and reads it once so that a broken one shows here."""
     name = train.get("deepspeed")
     if not isinstance(name, str):
-        return []
+        return _parallelism(name) if isinstance(name, dict) else []
     path = find_file(name, source.file)
     if path is None or not path.is_file():
         looked = f"looked here, in {shown(source.file.parent)} and in the repository"
         return [(("train", "deepspeed"), f"no such DeepSpeed file: {name} ({looked})")]
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         return [(("train", "deepspeed"), f"{shown(path)} is not valid JSON: {error}")]
     train["deepspeed"] = str(path)
-    return []
+    return _parallelism(values)
+
+
+def _parallelism(values: dict) -> Found:
+    """Refuses what DeepSpeed would set up without the trainer's knowledge."""
+    found = []
+    if values.get("sequence_parallel_size", 1) != 1:
+        found.append("sequence_parallel_size has no effect on attention there: set parallel.sp_size")
+    if values.get("tensor_parallel"):
+        found.append(f"tensor_parallel cannot be set: {NOT_PARALLEL['tp_size']}")
+    return [(("train", "deepspeed"), text) for text in found]

@@ -8,6 +8,7 @@ document of its own, which no real token sees.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from trl import SFTConfig
 
 from train import environment
 from train.problems import Problem, SettingsError
+from train.sections import NOT_PARALLEL
 from train.settings import RunSettings
 from train.trainer import LRSATrainer
 
@@ -28,14 +30,24 @@ IGNORED = -100  # the label of a token that is not trained
 
 
 def check_sequence_parallel(settings: RunSettings) -> None:
-    """Refuse what cannot work with `parallel.sp_size` above 1.
+    """Refuse what cannot work with `parallel.sp_size` above 1, and other parallelism that `accelerate launch` asks for.
 
     Raises:
         SettingsError: with every such setting.
     """
     size, train, processes = settings.parallel.sp_size, settings.train, environment.world_size()
-    if size == 1:
-        return
+    asked = {name: f"PARALLELISM_CONFIG_{name.upper()}" for name in NOT_PARALLEL}
+    problems = [
+        (variable, f"cannot be set in the environment: {NOT_PARALLEL[name]}")
+        for name, variable in asked.items()
+        if os.environ.get(variable, "1") != "1"
+    ]
+    problems += [] if size == 1 else _problems(size, processes, train, settings.eval.control)
+    if problems:
+        raise SettingsError(Problem("", name, text) for name, text in problems)
+
+
+def _problems(size: int, processes: int, train: dict, control: bool) -> list[tuple[str, str]]:
     problems = []
     if not train.get("deepspeed"):
         problems.append(("train.deepspeed", f"must be set for parallel.sp_size {size}: Ulysses is part of DeepSpeed"))
@@ -46,23 +58,19 @@ def check_sequence_parallel(settings: RunSettings) -> None:
     if multiple is not None and multiple % size:
         text = f"must be a multiple of parallel.sp_size ({size}), got {multiple}: leave it out"
         problems.append(("train.pad_to_multiple_of", text))
-    if train["packing"]:
-        if train.get("per_device_train_batch_size", 8) != 1:
-            text = f"must be 1 with packing and parallel.sp_size {size}: a batch is one packed row; lengthen that row"
-            problems.append(("train.per_device_train_batch_size", f"{text} with train.max_length"))
-        if settings.eval.control:
-            text = "its documents would see each other: dense attention under Ulysses knows no packing; set it to false"
-            problems.append(
-                ("eval.control", f"cannot be trained with train.packing and parallel.sp_size {size}, {text}")
-            )
-    if problems:
-        raise SettingsError(Problem("", name, text) for name, text in problems)
+    if train["packing"] and train.get("per_device_train_batch_size", 8) != 1:
+        text = (
+            f"must be 1 with train.packing and parallel.sp_size {size}: lengthen the packed row with train.max_length"
+        )
+        problems.append(("train.per_device_train_batch_size", text))
+    if train["packing"] and control:
+        text = f"cannot be trained with train.packing and parallel.sp_size {size}: documents would see each other"
+        problems.append(("eval.control", f"{text} in dense attention; set it to false"))
+    return problems
 
 
-def parallelism_config(sp_size: int) -> ParallelismConfig | None:
-    """What TRL's `SFTConfig` takes; `None` when every process has rows of its own."""
-    if sp_size == 1:
-        return None
+def parallelism_config(sp_size: int) -> ParallelismConfig:
+    """What TRL's `SFTConfig` takes: groups of `sp_size` processes, each with rows of its own."""
     groups = environment.world_size() // sp_size
     return ParallelismConfig(
         sp_backend="deepspeed",
@@ -90,9 +98,7 @@ def share_rows(args: SFTConfig, model: PreTrainedModel) -> None:
     coefficient = getattr(args, "router_aux_loss_coef", None)
     coefficient = getattr(text_config, "router_aux_loss_coef", 0) if coefficient is None else coefficient
     if coefficient and hasattr(text_config, "output_router_logits"):
-        text = (
-            f"must be 0 with parallel.sp_size {size}, got {coefficient}: a slice of a row cannot tell the experts' load"
-        )
+        text = f"must be 0 with parallel.sp_size {size}, got {coefficient}: it is not added up over the slices of a row"
         problems.append(Problem("", "train.router_aux_loss_coef", text))
     if problems:
         raise SettingsError(problems)
