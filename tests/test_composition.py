@@ -92,6 +92,7 @@ def test_selective_checkpointing_keeps_the_output(monkeypatch):
         ("attention", "--lengths 64 128 --settings 16:4 --heads 4/2 --head-dim 8", ["attention.json", "attention.png"]),
         ("step", "--lengths 64 128 --setting 16:4 --layers 1", ["step.json"]),
         ("batches", "--batches 3x64 --setting 16:4 --heads 4/2 --head-dim 8", ["batches.md"]),
+        ("packing", "--documents 24 --context 256 --median 60 --rows 2 --setting 16:4 --layers 1", ["packing.md"]),
     ],
 )
 def test_benchmarks_run(script, options, files, tmp_path):
