@@ -87,7 +87,8 @@ def assert_same(run: Path, truth: tuple[Path, dict[str, float]]) -> None:
     """As far from the one process as fp32 is anyway, times four for more partial sums than the four of one row each."""
     expected, noise = truth
     assert verify_adapter(run) == verify_adapter(expected) > 0
-    assert (logged(run, "num_tokens") == logged(expected, "num_tokens")).all()
+    if "packed" not in run.name:  # a packed row is padded to a multiple of sp_size, and TRL counts that
+        assert (logged(run, "num_tokens") == logged(expected, "num_tokens")).all()
     assert (logged(run, "kept_fraction") == logged(expected, "kept_fraction")).all()
     for name, error in errors(run, expected).items():
         assert error <= 4 * max(noise[name], torch.finfo(torch.float32).eps), f"{name}: {error} against {noise[name]}"
@@ -117,20 +118,33 @@ def test_several_processes_end_as_one(workplace, truth, case):
     assert ("sp_size" in output) == ("Ulysses" in case)
 
 
+SHARED = [f"{ZERO}/zero2.json", "parallel.sp_size=2"]
+
+
 @pytest.mark.slow
-def test_packed_rows_are_shared_and_a_control_follows(workplace):
-    """Two trainings in one process, the second with dense attention, which ALST must wrap afresh."""
-    packed = ["train.packing=true", "train.per_device_train_batch_size=1", "train.learning_rate=1e-3"]
-    shared = [f"{ZERO}/zero2.json", "parallel.sp_size=2", "eval.enabled=true"]
+def test_packed_rows_are_shared(workplace, truth):
+    packed = ["train.packing=true", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2"]
     one = alone(workplace, "packed", *packed)
-    run, _ = together(workplace, 2, "packed-shared", *packed, *shared)
-    assert logged(run, "loss").tolist() == pytest.approx(logged(one, "loss").tolist(), rel=1e-6)
+    run, _ = together(workplace, 2, "packed-shared", *packed, *SHARED, "eval.enabled=true")
+    assert_same(run, (one, truth[1]))
     assert (run / "report.md").is_file(), "evaluation follows in the same process, on whole rows"
-    padded = ["train.per_device_train_batch_size=2", "eval.control=true"]
-    one = alone(workplace, "control-alone", *padded)
-    run, _ = together(workplace, 2, "control-shared", *padded, *shared[:2])
-    for part in ("", "control"):
-        assert logged(run / part, "loss").tolist() == pytest.approx(logged(one / part, "loss").tolist(), rel=1e-6)
-        assert logged(run / part, "grad_norm").tolist() == pytest.approx(
-            logged(one / part, "grad_norm").tolist(), rel=1e-5
-        )
+
+
+@pytest.mark.slow
+def test_a_control_with_shared_rows_is_dense(workplace, truth):
+    """Two trainings in one process; for the second, ALST must wrap another attention."""
+    overrides = [FOUR_ROWS, "eval.control=true"]
+    one = alone(workplace, "control-alone", *overrides)
+    run, _ = together(workplace, 2, "control-shared", *overrides, *SHARED)
+    for part in (".", "control"):
+        assert_same(run / part, (one / part, truth[1]))
+    assert not torch.equal(logged(run, "loss"), logged(run / "control", "loss"))
+
+
+@pytest.mark.slow
+def test_the_selection_is_taught_on_shared_rows(workplace, truth):
+    overrides = [*TWO_ROWS_OF_TWO, "objective.selection=0.5", "objective.distillation=0.5"]
+    one = alone(workplace, "taught", *overrides)
+    run, _ = together(workplace, 2, "taught-shared", *overrides, *SHARED)
+    assert_same(run, (one, truth[1]))
+    assert (logged(run, "selection") > 0).all()

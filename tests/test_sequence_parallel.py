@@ -166,4 +166,13 @@ def test_heads_that_cannot_be_dealt_out(size, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(size))
     args = SimpleNamespace(parallelism_config=parallelism_config(size), router_aux_loss_coef=None)
     with pytest.raises(SettingsError, match=rf"must divide the model's 8 attention heads, .* 2 KV heads .* got {size}"):
-        share_rows(args, model())
+        share_rows(args, model(), selection=False)
+
+
+def test_copies_of_kv_heads_are_not_taught(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    args = SimpleNamespace(parallelism_config=parallelism_config(4), router_aux_loss_coef=None)
+    share_rows(args, model(), selection=False)
+    assert args.parallelism_config.sp_handler.sp_attn_implementation == "lrsa"
+    with pytest.raises(SettingsError, match=r"must be at most the model's 2 KV heads with objective.selection, got 4"):
+        share_rows(args, model(), selection=True)

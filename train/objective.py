@@ -30,7 +30,8 @@ class Objective:
         settings: the `objective` section.
         lrsa: the compression that is trained for.
         model: the PEFT model, its attention set with `apply_lrsa`.
-        inputs: the batch as the trainer hands it to the model, with `labels`.
+        inputs: the batch as the trainer hands it to the model, with `labels`, or `shift_labels` where a process has a
+            slice of every row; `asked` then says for whole rows, bool, which tokens come before a trained one.
         share: of this micro-batch in its step, by which the supervision is weighted.
         tokens: what sums over the batch's trained tokens are divided by; `None` means their number.
     """
@@ -38,14 +39,18 @@ class Objective:
     def __init__(self, settings, lrsa: LRSAConfig, model, inputs: dict, share: float = 1.0, tokens=None):
         self.settings, self.model, self.inputs = settings, model, inputs
         self.share, self.tokens = share, tokens
-        self.trained = inputs["labels"][:, 1:] != -100
+        asked = self.inputs.pop("asked", None)
+        following = (
+            inputs["shift_labels"] if "shift_labels" in inputs else F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        )
+        self.trained = following != -100  # of the token behind each
         self.supervision = None
         if settings.selection:
             count = model.config.get_text_config().num_hidden_layers
             layers = range(count) if settings.selection_layers is None else settings.selection_layers
             self.supervision = SelectionSupervision(
                 lrsa,
-                F.pad(self.trained, (0, 1)),  # the token before a trained one asks for it
+                self.trained if asked is None else asked,  # the token before a trained one asks for it
                 [layer for layer in layers if layer not in lrsa.skip_layers],
                 weight=settings.selection * share,
                 temperature=settings.selection_temperature,
@@ -64,8 +69,8 @@ class Objective:
             apply_lrsa(self.model, config.replace(top_k=config.lag_size))
             recording = self.supervision.record() if self.supervision else _nothing()
             with torch.no_grad(), self.model.disable_adapter(), _hidden_states(self.model) as found, recording:
-                wrapped_model(**self.model_inputs("labels"), logits_to_keep=1)
-            self._teacher_states = found[0][:, :-1][self.trained]
+                wrapped_model(**self.model_inputs("labels", "shift_labels"), logits_to_keep=1)
+            self._teacher_states = found[0][self.trained]
         apply_lrsa(self.model, config)
 
     def model_inputs(self, *without: str) -> dict:
@@ -85,7 +90,7 @@ class Objective:
         loss = self.settings.cross_entropy * cross_entropy
         self.distillation = None
         if self.settings.distillation:
-            states = self._student_states[0][:, :-1][self.trained]
+            states = self._student_states[0][self.trained]
             divergence = self._divergence(states)
             self.distillation = divergence.detach() / max(len(states), 1)
             divergence = divergence / (max(len(states), 1) if self.tokens is None else self.tokens)

@@ -141,7 +141,7 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
         raise SettingsError([Problem("", "lrsa", str(error))]) from error
     shared = settings.parallel.sp_size > 1
     if shared:
-        share_rows(args, model)
+        share_rows(args, model, selection=lrsa is not None and settings.objective.selection > 0)
     try:
         return (SequenceParallelTrainer if shared else LRSATrainer)(
             model=model,

@@ -80,8 +80,11 @@ def parallelism_config(sp_size: int) -> ParallelismConfig:
     )
 
 
-def share_rows(args: SFTConfig, model: PreTrainedModel) -> None:
+def share_rows(args: SFTConfig, model: PreTrainedModel, selection: bool) -> None:
     """Set up `args` so that the processes share every row in the attention that `model` has.
+
+    Args:
+        selection: whether the objective teaches the selection.
 
     Raises:
         SettingsError: when the model's heads cannot be dealt out.
@@ -100,6 +103,9 @@ def share_rows(args: SFTConfig, model: PreTrainedModel) -> None:
     if coefficient and hasattr(text_config, "output_router_logits"):
         text = f"must be 0 with parallel.sp_size {size}, got {coefficient}: it is not added up over the slices of a row"
         problems.append(Problem("", "train.router_aux_loss_coef", text))
+    if selection and size > kv_heads:
+        text = f"must be at most the model's {kv_heads} KV heads with objective.selection, got {size}"
+        problems.append(Problem("", "parallel.sp_size", f"{text}: copies of a KV head see a part of its queries each"))
     if problems:
         raise SettingsError(problems)
     # Not an argument of the handler, which refuses any name that it does not know.
@@ -114,26 +120,22 @@ def separate_rows(args: SFTConfig) -> None:
     parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
 
 
-class MeanOverStep(Trainer):
-    """What SFTTrainer calls for the loss of a row that is shared: the mean over all trained tokens of the step.
+class PartOfStep(Trainer):
+    """What SFTTrainer calls for the loss of shared rows: a process's part of the mean over the step's trained tokens.
+
+    DeepSpeed adds up the gradients of a group and takes the mean over the groups.
 
     Transformers' own takes the mean of the means of the step's batches, and hands back gradients that are `sp_size`
     times too large, which changes what `max_grad_norm` clips.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        from deepspeed.runtime.sequence_parallel.parallel_state_sp import get_sequence_parallel_group
-
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        # DeepSpeed adds up the gradients of a group and takes the mean over the groups; so does the log with `loss`.
-        part = outputs.loss * (self.args.world_size // self.sp_size)
-        whole = part.detach().clone()
-        torch.distributed.all_reduce(whole, group=get_sequence_parallel_group())
-        loss = part + (whole - part.detach())
+        loss = outputs.loss * self.groups
         return (loss, outputs) if return_outputs else loss
 
 
-class SequenceParallelTrainer(LRSATrainer, MeanOverStep):
+class SequenceParallelTrainer(LRSATrainer, PartOfStep):
     """LRSATrainer whose processes share rows: those of a group read the same rows, and each keeps its slice of them.
 
     Transformers' own way is that every process reads rows and a group takes them in turn. That cannot continue a
@@ -143,6 +145,7 @@ class SequenceParallelTrainer(LRSATrainer, MeanOverStep):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.sp_size = self.args.parallelism_config.sp_size
+        self.groups = self.args.world_size // self.sp_size
         self.accelerator.deepspeed_ulysses_dl_adapter = lambda dataloader, model: dataloader
         # The loss below is one of the whole step: transformers need not divide it by the number of its batches.
         self.model_accepts_loss_kwargs = True
@@ -166,6 +169,21 @@ class SequenceParallelTrainer(LRSATrainer, MeanOverStep):
     def get_total_train_batch_size(self, args: SFTConfig) -> int:
         return super().get_total_train_batch_size(args) // self.sp_size
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        from deepspeed.runtime.sequence_parallel.parallel_state_sp import get_sequence_parallel_group
+
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.lrsa is None:
+            del inputs["asked"]
+        part = super().compute_loss(model, inputs, False, num_items_in_batch)
+        whole = part.detach().clone()
+        torch.distributed.all_reduce(whole, group=get_sequence_parallel_group())
+        return part + (whole - part.detach())  # the log takes the mean over all processes
+
+    def _shares(self, num_items_in_batch) -> tuple[float, torch.Tensor | None]:
+        return 1 / self.current_gradient_accumulation_steps / self.sp_size, num_items_in_batch / self.groups
+
     def _get_num_items_in_batch(self, batches: list[dict], device: torch.device):
         if not batches or "shift_labels" not in batches[0]:
             return super()._get_num_items_in_batch(batches, device)
@@ -178,7 +196,10 @@ class SequenceParallelTrainer(LRSATrainer, MeanOverStep):
 
 @dataclass
 class _Slices:
-    """A collator whose rows are cut: slice `rank` of `size`, with labels that are shifted before the cut."""
+    """A collator whose rows are cut: slice `rank` of `size`, with labels that are shifted before the cut.
+
+    Whole stay `document_lengths` and `asked`, the tokens whose next one is trained, for the trainer and its objective.
+    """
 
     collator: Callable
     rank: int
@@ -190,7 +211,8 @@ class _Slices:
         batch["shift_labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         width, rest = divmod(labels.shape[1], self.size)
         assert not rest, f"rows of {labels.shape[1]} tokens were not padded to a multiple of {self.size}"
-        names = {"input_ids", "position_ids", "attention_mask", "shift_labels"} & batch.keys()
+        names = [name for name in ("input_ids", "position_ids", "attention_mask", "shift_labels") if name in batch]
         slices = {name: batch[name][:, self.rank * width : (self.rank + 1) * width].contiguous() for name in names}
         lengths = [length for row in rows for length in row.get("seq_lengths", [len(row["input_ids"])])]
-        return slices | {"document_lengths": torch.tensor(lengths)}
+        asked = batch["shift_labels"] != IGNORED
+        return slices | {"document_lengths": torch.tensor(lengths), "asked": asked}
