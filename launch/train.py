@@ -7,6 +7,12 @@
 The run's directory (train.output_dir) then holds the adapter with its lrsa_config.json, the settings as they were used
 (config.yaml), the log (log.jsonl), the data report and the evaluation (report.md, results.json, a picture). The same
 command once more stops with a message: choose --resume to continue, or --overwrite to start again.
+
+A run that may be stopped (a queue, a spot machine) is started with --resume every time, the first time too. It goes on
+from the newest checkpoint that is complete and ends as if nothing had happened. SIGTERM ends it after the current step
+with a checkpoint and exit status 75. Under the deepspeed launcher, send the signal to the whole process group
+(kill -TERM -- -PGID); the checkpoint must then be written within 30 seconds. Status 2 is a mistake to correct, 1 any
+other failure.
 """
 
 from __future__ import annotations
@@ -31,7 +37,8 @@ def main() -> int:
     again.add_argument(
         "--resume",
         action="store_true",
-        help="continue from the newest checkpoint in the run's directory; start from the beginning when there is none",
+        help="continue from the newest complete checkpoint in the run's directory, and start from the beginning when "
+        "there is none; the setting train.resume_from_checkpoint: auto means the same",
     )
     again.add_argument("--overwrite", action="store_true", help="delete the results of an earlier run in the directory")
     options = parser.parse_args()

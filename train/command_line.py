@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from train import environment
+from train.interruption import FAILED, NO_SPACE, RunFailed, RunStopped
 
 PATIENCE = 20  # seconds
 
@@ -38,13 +39,20 @@ def explain(job: Callable[[], object]) -> int:
     """Run `job`; a mistake in settings, data or files is printed once, without traceback.
 
     Returns:
-        the exit status: 0, or 2 for such a mistake.
+        the exit status: 0, 2 for such a mistake, 75 when SIGTERM stopped a run and its checkpoint is written, 1 when a
+        run could not go on.
     """
     try:
         job()
     except _mistakes() as error:
         _tell(f"\n{error}")
-        return 2
+        return getattr(error, "status", 2)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        _tell(f"\n{error.filename or 'a file of the run'} could not be written: {error.strerror}. Free space and start "
+              "the same command again, with --resume if it was training.")  # fmt: skip
+        return FAILED
     return 0
 
 
@@ -62,4 +70,4 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from train.adapter import AdapterError
     from train.problems import SettingsError
 
-    return (SettingsError, DataError, AdapterError)
+    return (SettingsError, DataError, AdapterError, RunStopped, RunFailed)

@@ -15,9 +15,10 @@ from train.sections import EvalSettings, LoraSettings, ModelSettings, ObjectiveS
 TRAIN = """\
   TRL's SFTConfig names, verbatim: output_dir, max_steps, num_train_epochs, learning_rate, warmup_steps,
   per_device_train_batch_size, gradient_accumulation_steps, seed, logging_steps, save_steps, eval_strategy, packing,
-  deepspeed (a JSON file), report_to, ... (https://huggingface.co/docs/trl/sft_trainer). When not set: output_dir is
-  runs/NAME-OF-THE-CONFIG, max_length is data.context_length, bf16 and activation_checkpointing are on with a GPU and
-  off without, use_cpu is true without a GPU, report_to is none. The run's config.yaml shows what was used."""
+  deepspeed (a JSON file), report_to, ... (https://huggingface.co/docs/trl/sft_trainer). resume_from_checkpoint: auto
+  means --resume. When not set: output_dir is runs/NAME-OF-THE-CONFIG, max_length is data.context_length, bf16 and
+  activation_checkpointing are on with a GPU and off without, use_cpu is true without a GPU, report_to is none. The
+  run's config.yaml shows what was used."""
 
 
 def sections_help() -> str:

@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
 import data
@@ -18,6 +17,7 @@ from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
 from train import environment
 from train.adapter import verify_adapter
 from train.banner import plan_of, print_banner
+from train.checkpoints import is_finished, newest_checkpoint, replace_text
 from train.defaults import with_defaults
 from train.evaluation import evaluate_run
 from train.model import load_model, load_tokenizer, lora_config
@@ -25,7 +25,7 @@ from train.model_card import save_model_card
 from train.objective import objective_problems
 from train.out_of_memory import is_out_of_memory, out_of_memory
 from train.problems import Problem, SettingsError
-from train.run_directory import CONFIG_NAME, check_run_directory, clear_run_directory
+from train.run_directory import CONFIG_NAME, check_run_directory, clear_run_directory, lock_run_directory
 from train.sequence_parallel import (
     SequenceParallelTrainer,
     check_sequence_parallel,
@@ -42,14 +42,17 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
 
     Args:
         settings: from `load_settings`.
-        resume: continue from the newest checkpoint in the directory, or start when there is none.
+        resume: continue from the newest complete checkpoint in the directory, or start when there is none; adapters
+            that are finished are not trained again. `train.resume_from_checkpoint: auto` means the same.
         overwrite: delete an earlier run's results in the directory first.
 
     Raises:
         SettingsError, data.DataError, AdapterError: with a message for the person who started the run.
+        RunStopped, RunFailed: as `ResumableTrainer.train`.
     """
     settings = with_defaults(settings)
     directory = Path(settings.train["output_dir"])
+    resume = not overwrite and (resume or settings.train.get("resume_from_checkpoint") == "auto")
     check_run_directory(settings, resume, overwrite)
     environment.start(settings.train)
     check_sequence_parallel(settings)
@@ -60,10 +63,11 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
     tokenizer = load_tokenizer(settings.model)
     corpus = data.load(settings.data, tokenizer, args.seed, settings.lrsa.dense_length)
     if main:
+        directory.mkdir(parents=True, exist_ok=True)
+        _lock = lock_run_directory(directory)  # held until this function ends
         if overwrite:
             clear_run_directory(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_NAME).write_text(settings.to_yaml(), encoding="utf-8")
+        replace_text(directory / CONFIG_NAME, settings.to_yaml())
         corpus.report.save(directory)
         corpus.report.print(console)
 
@@ -106,19 +110,21 @@ def train_adapter(
     resume: bool,
 ) -> None:
     """Train one adapter of the base model, under LRSA or dense, and leave it verified in `args.output_dir`."""
+    if resume and is_finished(args):
+        console.print(f"{args.output_dir} holds a finished adapter: it is not trained again", soft_wrap=True)
+        return
     trainer = _trainer(settings, args, corpus, tokenizer, lrsa)
     lost = _tokens(corpus.train) - _tokens(trainer.train_dataset)
     assert lost == 0, f"TRL dropped {lost} tokens of rows that were ready"
     print_banner(console, settings, trainer, corpus.report)
     try:
-        newest = get_last_checkpoint(args.output_dir) if resume and Path(args.output_dir).is_dir() else None
+        newest = newest_checkpoint(Path(args.output_dir), trainer.made_by, console) if resume else None
         trainer.train(resume_from_checkpoint=newest)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(plan_of(settings, trainer), error) from error
-    trainer.save_model()
-    trainer.save_state()
+    trainer.save_finished()
     if trainer.is_world_process_zero():
         verify_adapter(args.output_dir)
     if settings.parallel.sp_size > 1:

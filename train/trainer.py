@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from lrsa import LRSAConfig
+from train.checkpoints import replace_text
 from train.objective import Objective, config_of_step
+from train.resumable import ResumableTrainer
 from train.sections import ObjectiveSettings
 
 
-class LRSATrainer(SFTTrainer):
+class LRSATrainer(ResumableTrainer):
     """Trains one adapter.
 
     Args:
@@ -23,6 +25,8 @@ class LRSATrainer(SFTTrainer):
         objective: what a step learns from; a dense control learns from cross-entropy alone.
         other arguments: those of `SFTTrainer`.
     """
+
+    counted = (*ResumableTrainer.counted, "_kept_and_seen")
 
     def __init__(self, *args, lrsa: LRSAConfig | None, objective: ObjectiveSettings, **kwargs):
         self.lrsa = lrsa
@@ -99,8 +103,9 @@ class LogFile(TrainerCallback):
         """Keep of an earlier log only what came before the checkpoint that is continued."""
         path = Path(args.output_dir) / "log.jsonl"
         if state.is_world_process_zero and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            path.write_text("".join(x for x in lines if json.loads(x)["step"] <= state.global_step), encoding="utf-8")
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= state.global_step]
+            replace_text(path, "".join(kept))
 
     def on_log(self, args: SFTConfig, state, control, logs: dict | None = None, **kwargs) -> None:
         if state.is_world_process_zero and logs:

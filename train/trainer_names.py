@@ -25,7 +25,6 @@ OWNED_ELSEWHERE = {
     "parallelism_config": "set parallel.sp_size",
     "fsdp": "use train.deepspeed",
     "fsdp_config": "use train.deepspeed",
-    "resume_from_checkpoint": "start launch/train.py with --resume",
     "local_rank": "the launcher passes it",
     "do_train": "launch/train.py always trains",
     "do_eval": "set eval.enabled",
@@ -101,6 +100,8 @@ def _problem(name: str, value: object) -> str | None:
             return f"must be above 0, got {value}"
         if name == "max_steps" and value < 1 and value != -1:
             return f"must be at least 1, or -1 to go by num_train_epochs, got {value}"
+    if name == "resume_from_checkpoint" and value not in (None, "auto"):
+        return f"must be auto, the newest complete checkpoint of the run's own directory, got {value!r}"
     if name == "packing_strategy" and value == "wrapped":
         return "must be bfd or bfd_split, got 'wrapped', which cuts rows in the middle"
     return None

@@ -1,0 +1,38 @@
+"""How a run ends before its end: stopped from outside, or by something that no change of a setting alone would mend."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+FAILED = 1
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class RunStopped(Exception):
+    """SIGTERM came, and a checkpoint was written; starting again with --resume goes on from there."""
+
+    status = STOPPED
+
+
+class RunFailed(Exception):
+    """Training cannot go on: a full disk, a loss that is not finite, a process that is gone."""
+
+    status = FAILED
+
+
+@contextmanager
+def sigterm_noted() -> Iterator[list]:
+    """Inside the block SIGTERM ends nothing: the list that it yields stops being empty instead.
+
+    Launchers send the signal more than once; only the first one counts.
+    """
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
