@@ -104,6 +104,13 @@ def step_of(directory: Path) -> int:
     return max((int(path.name[11:]) for path in checkpoints(directory) if damage(path) is None), default=0)
 
 
+def steps_taken(directory: Path) -> int:
+    """The last step that left a trace: in the log, or a checkpoint, whole or not."""
+    log = directory / "log.jsonl"
+    logged = [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.is_file() else []
+    return max([0, *logged, *(int(path.name[11:]) for path in checkpoints(directory))])
+
+
 def test_killed_while_a_checkpoint_is_written(workplace, undisturbed, capsys):
     killed = workplace / "killed"
     process = start(workplace, "killed", "one process", "--resume")
@@ -250,7 +257,8 @@ def test_other_processes_cannot_continue(workplace, undisturbed, capsys):
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
 def test_killed_at_random_moments(workplace, launcher):
     """SIGKILL to all processes at once, half of the times while a checkpoint is being written, until enough are had."""
-    rng, expected, lost, name = random.Random(1), workplace / f"whole {launcher}", [], ""
+    rng, expected, name = random.Random(1), workplace / f"whole {launcher}", ""
+    lost, halves = [], 0
     began = time.monotonic()
     whole = start(workplace, expected.name, launcher)
     assert wait_until((expected / "config.yaml").is_file, whole)
@@ -262,10 +270,8 @@ def test_killed_at_random_moments(workplace, launcher):
             name, runs = f"killed {launcher} {runs}", runs + 1
         process, directory = start(workplace, name, launcher, "--resume"), workplace / name
         if len(lost) < KILLS:
-            log = directory / "log.jsonl"
-            already = step_of(directory)
             if len(lost) % 2:
-                half = directory / f"checkpoint-{min(already + rng.choice([2, 4]), 10)}"
+                half = rng.choice([directory, directory / "control"]) / f"checkpoint-{rng.choice([2, 4, 6, 8, 10])}"
                 hit = wait_until(lambda half=half: half.is_dir() and not (half / "complete.json").exists(), process)
             else:
                 end = time.monotonic() + rng.uniform(ready - began, ready - began + 0.8 * training)
@@ -273,13 +279,16 @@ def test_killed_at_random_moments(workplace, launcher):
             if hit:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                reached = [line["step"] for line in lines(directory)] if log.is_file() else []
-                lost.append(max(0, max(reached, default=0) - step_of(directory)))
+                current = directory / "control" if (directory / "control").is_dir() else directory
+                halves += sum(damage(path) is not None for path in checkpoints(current))
+                lost.append(steps_taken(current) - step_of(current))
                 continue
         assert process.wait() == 0, (workplace / f"{name}.txt").read_text()[-3000:]
         assert_same(workplace / name, expected)
         name = ""
-    print(f"\n{launcher}: {len(lost)} kills over {runs} runs survived, steps lost {lost}")
+    print(
+        f"\n{launcher}: {len(lost)} kills over {runs} runs survived, {halves} in half a checkpoint; steps lost {lost}"
+    )
 
 
 @pytest.mark.slow

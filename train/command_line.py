@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from train import environment
-from train.interruption import FAILED, NO_SPACE, RunFailed, RunStopped
+from train.interruption import FAILED, NO_SPACE, ProcessLost, RunFailed, RunStopped
 
 PATIENCE = 20  # seconds
 
@@ -45,7 +45,7 @@ def explain(job: Callable[[], object]) -> int:
     try:
         job()
     except _mistakes() as error:
-        _tell(f"\n{error}")
+        _tell(f"\n{error}", patience=0 if isinstance(error, ProcessLost) else PATIENCE)
         return getattr(error, "status", 2)
     except OSError as error:
         if error.errno not in NO_SPACE:
@@ -56,11 +56,11 @@ def explain(job: Callable[[], object]) -> int:
     return 0
 
 
-def _tell(message: str) -> None:
+def _tell(message: str, patience: int = PATIENCE) -> None:
     """Print in the first process. The others wait: a launcher ends all processes as soon as one of them fails, and the
     first one must have spoken by then. One that is still there after that has made its mistake alone, and says so."""
     if environment.rank() > 0:
-        time.sleep(PATIENCE)
+        time.sleep(patience)
         message = f"process {environment.rank()}: {message}"
     print(message, file=sys.stderr, flush=True)
 

@@ -24,6 +24,10 @@ class RunFailed(Exception):
     status = FAILED
 
 
+class ProcessLost(RunFailed):
+    """Another process of the run is gone, perhaps the one that speaks for all."""
+
+
 @contextmanager
 def sigterm_noted() -> Iterator[list]:
     """Inside the block SIGTERM ends nothing: the list that it yields stops being empty instead.

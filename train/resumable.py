@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from train.adapter import ADAPTER_NAME
 from train.checkpoints import COMPLETE, checkpoints, damage, mark_complete, remove_damaged, remove_old
-from train.interruption import RunFailed, RunStopped, sigterm_noted
+from train.interruption import ProcessLost, RunFailed, RunStopped, sigterm_noted
 
 
 class ResumableTrainer(SFTTrainer):
@@ -183,7 +183,7 @@ def _lost_processes_told(count: int) -> Iterator[None]:
     except RuntimeError as error:
         if count > 1 and ("onnection" in str(error) or isinstance(error, torch.distributed.DistError)):
             reason = str(error).strip().splitlines()[0]
-            raise RunFailed(
+            raise ProcessLost(
                 "another process of this run is gone (its own message, if it left one, stands above): start again with "
                 f"--resume. {reason}"
             ) from error

@@ -47,7 +47,12 @@ class YamlText:
 def parse(text: str) -> YamlText:
     """Read one YAML document; syntax errors and duplicate keys become problems, nothing is raised."""
     result = YamlText()
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        result.problems = [(line, (), f"not valid YAML: the character {chr(error.character)!r} is not allowed")]
+        return result
     try:
         node = loader.get_single_node()
         if node is not None:
