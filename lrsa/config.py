@@ -157,7 +157,7 @@ class LRSAConfig(dict):
                 ) from error
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
 

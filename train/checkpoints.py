@@ -41,7 +41,7 @@ def damage(checkpoint: Path) -> str | None:
     try:
         sizes = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["bytes"]
     except FileNotFoundError:
-        return "it was not written to its end"
+        return "it was not written to its end (or without the optimizer, by train.save_only_model)"
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"its {COMPLETE} cannot be read: {error}"
     for name, size in sizes.items():

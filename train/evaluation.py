@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lrsa import LRSAConfig
 from lrsa.evaluation import Results, Variant, compare
+from lrsa.loading import refuse_pickle
 from train.adapter import ADAPTER_NAME
 from train.model import load_model
 from train.problems import Problem, SettingsError
@@ -77,6 +78,7 @@ def load_variants(settings: RunSettings, adapter: str | Path) -> tuple[LRSAConfi
     on_gpu = torch.cuda.is_available() and not settings.train["use_cpu"]
     base = load_model(settings.model).to("cuda" if on_gpu else "cpu")
     try:
+        refuse_pickle(str(adapter))
         lrsa = LRSAConfig.from_pretrained(adapter)
         model = PeftModel.from_pretrained(base, str(adapter), adapter_name=TUNED)
         models = {BASE: Variant(model, None)}

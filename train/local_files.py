@@ -9,6 +9,10 @@ from train.sources import Source, find_file, shown
 
 Found = list[tuple[tuple, str]]
 
+WRITTEN_BY_DEEPSPEED = (
+    ("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"),
+)  # fmt: skip
+
 
 def with_data_files(source: Source, values: dict) -> dict:
     """`data` with local files found from here, from the configuration's folder or from the repository.
@@ -46,25 +50,34 @@ def with_model_files(source: Source, values: dict) -> tuple[dict, Found]:
 def check_deepspeed(source: Source, train: dict) -> Found:
     """Makes the path of the DeepSpeed file in `train` absolute, and reads it once so that a broken one shows here."""
     name = train.get("deepspeed")
+    if isinstance(name, dict):
+        return _refused(name, "")
     if not isinstance(name, str):
-        return _parallelism(name) if isinstance(name, dict) else []
+        return []
     path = find_file(name, source.file)
     if path is None or not path.is_file():
         looked = f"looked here, in {shown(source.file.parent)} and in the repository"
         return [(("train", "deepspeed"), f"no such DeepSpeed file: {name} ({looked})")]
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         return [(("train", "deepspeed"), f"{shown(path)} is not valid JSON: {error}")]
+    if not isinstance(content, dict):
+        return [(("train", "deepspeed"), f"{shown(path)} must hold a JSON object, got a {type(content).__name__}")]
     train["deepspeed"] = str(path)
-    return _parallelism(values)
+    return _refused(content, f"{shown(path)} ")
 
 
-def _parallelism(values: dict) -> Found:
-    """Refuses what DeepSpeed would set up without the trainer's knowledge."""
+def _refused(content: dict, where: str) -> Found:
+    """What DeepSpeed would set up without the trainer's knowledge, and logs that go to paths of their own: a run writes
+    into `train.output_dir` only."""
     found = []
-    if values.get("sequence_parallel_size", 1) != 1:
+    if content.get("sequence_parallel_size", 1) != 1:
         found.append("sequence_parallel_size has no effect on attention there: set parallel.sp_size")
-    if values.get("tensor_parallel"):
+    if content.get("tensor_parallel"):
         found.append(f"tensor_parallel cannot be set: {NOT_PARALLEL['tp_size']}")
-    return [(("train", "deepspeed"), text) for text in found]
+    for section, name in WRITTEN_BY_DEEPSPEED:
+        values = content.get(section)
+        if isinstance(values, dict) and values.get(name):
+            found.append(f"{section}.{name} writes outside train.output_dir, got {values[name]!r}: remove it")
+    return [(("train", "deepspeed"), where + text) for text in found]

@@ -45,7 +45,8 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
         SettingsError: when there is no such model, or it is not a causal language model.
     """
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else "auto"
-    return _load(AutoModelForCausalLM, settings, dtype=dtype)
+    # Other weights than safetensors are pickles: code, as that which trust_remote_code allows.
+    return _load(AutoModelForCausalLM, settings, dtype=dtype, use_safetensors=not settings.trust_remote_code or None)
 
 
 def load_config(settings: ModelSettings) -> PreTrainedConfig:

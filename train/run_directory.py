@@ -43,7 +43,7 @@ def check_run_directory(settings: RunSettings, resume: bool, overwrite: bool) ->
 
     Raises:
         SettingsError: when the directory holds an adapter or checkpoints and neither flag is given, or when `resume`
-            meets a run with another model, lrsa, lora or data section, learning rate, optimizer or seed.
+            meets a run with other settings, apart from eval and those of train that may change on the way.
     """
     directory = Path(settings.train["output_dir"])
     earlier = directory / ADAPTER_NAME
@@ -102,7 +102,7 @@ def _refuse_other_settings(settings: RunSettings, directory: Path) -> None:
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     now = yaml.safe_load(settings.to_yaml())
     problems = []
-    for section in ("model", "lrsa", "lora", "data", "train"):
+    for section in (name for name in now if name != "eval"):
         for name, value in now[section].items():
             if section == "train" and name not in IN_CHECKPOINTS:
                 continue
