@@ -25,16 +25,8 @@ WRITTEN = (
 )
 # Settings of `train` that a checkpoint holds, or that order the rows: a change would be ignored, or be half of one.
 IN_CHECKPOINTS = (
-    *(
-        "learning_rate",
-        "lr_scheduler_type",
-        "lr_scheduler_kwargs",
-        "warmup_steps",
-        "warmup_ratio",
-        "optim",
-        "weight_decay",
-    ),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed", "packing", "packing_strategy"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed", "packing", "packing_strategy"),
 )
 
 
