@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.memory import peak_bytes
 from lrsa import LRSAConfig, lrsa_attention, select_tokens
 from lrsa.attention.api import IMPLEMENTATIONS
 
@@ -81,23 +82,6 @@ def _wait(tensor: torch.Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(run, states, grad) -> int:
-    """Largest sum of allocations that are live at once during forward and backward, inputs not counted."""
-    if states[0].is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        measure(run, states, grad, True)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        measure(run, states, grad, True)
-    live = peak = 0
-    for event in trace.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
 def kernel_used(run, states, grad) -> str:
     """Name of the kernel that took most of the time."""
     activity = ProfilerActivity.CUDA if states[0].is_cuda else ProfilerActivity.CPU
@@ -146,7 +130,7 @@ def run_cell(options, length: int, config: LRSAConfig) -> list[dict]:
             }
         row["share"] = row["both"]["ratio"] / bound
         row["selection_ms"] = 1e3 * statistics.median(selection)
-        row["peak_mib"] = peak_bytes(run, states, grad) / 2**20
+        row["peak_mib"] = peak_bytes(measure, run, states, grad, True, device=options.device) / 2**20
         row["kernel"] = kernel_used(run, states, grad)
         rows.append(row)
     return rows

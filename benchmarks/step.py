@@ -26,11 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.memory import peak_bytes
 from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
 
 # layers, hidden, MLP, query heads, KV heads, head dim, vocabulary
 SHAPES = {
     "tiny": (2, 256, 688, 8, 2, 32, 1000),
+    "small": (4, 512, 1376, 8, 2, 64, 1000),
     "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 64, 151936),
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 128, 151936),
     "qwen2.5-7b": (28, 3584, 18944, 28, 4, 128, 152064),
@@ -52,7 +54,8 @@ class LoRA(nn.Module):
         return self.linear(x) + self.up(self.down(x))
 
 
-def build(options) -> LlamaForCausalLM:
+def random_model(options, positions: int) -> LlamaForCausalLM:
+    """A model of the asked shape (`options.shape, layers, device, dtype`) with random weights, attention "sdpa"."""
     layers, hidden, mlp, heads, kv_heads, channels, vocabulary = SHAPES[options.shape]
     config = LlamaConfig(
         num_hidden_layers=options.layers or layers,
@@ -62,7 +65,7 @@ def build(options) -> LlamaForCausalLM:
         num_key_value_heads=kv_heads,
         head_dim=channels,
         vocab_size=vocabulary,
-        max_position_embeddings=max(options.lengths),
+        max_position_embeddings=positions,
         attn_implementation="sdpa",
     )
     with torch.device(options.device):
@@ -70,6 +73,11 @@ def build(options) -> LlamaForCausalLM:
         torch.set_default_dtype(getattr(torch, options.dtype))
         model = LlamaForCausalLM(config).requires_grad_(False)
         torch.set_default_dtype(before)
+    return model
+
+
+def with_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model with trained adapters and checkpointing, changed in place."""
     for module in list(model.model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
@@ -110,25 +118,6 @@ def _wait(tensor: torch.Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def peak_gib(model, optimiser, ids: torch.Tensor) -> float:
-    """Peak memory of a step beyond weights and optimiser; on a CPU by the allocator's own events."""
-    if ids.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(model, optimiser, ids)
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        step(model, optimiser, ids)
-    live = peak = 0
-    for event in trace.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak / 2**30
-
-
 def run_length(options, model, optimiser, length: int, config: LRSAConfig) -> dict:
     ids = torch.randint(0, model.config.vocab_size, (1, length), device=options.device)
     sides = {"dense": lambda: remove_lrsa(model), "lrsa": lambda: apply_lrsa(model, config)}
@@ -141,7 +130,7 @@ def run_length(options, model, optimiser, length: int, config: LRSAConfig) -> di
                 times[name].append(seconds)
     for name, switch in sides.items():
         switch()
-        peak[name] = peak_gib(model, optimiser, ids)
+        peak[name] = peak_bytes(step, model, optimiser, ids, device=options.device) / 2**30
     ratios = sorted(d / t for d, t in zip(times["dense"], times["lrsa"], strict=True))
     return {
         "length": length,
@@ -187,7 +176,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    model = build(options)
+    model = with_lora(random_model(options, max(options.lengths)))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     config = LRSAConfig(options.sink_size, *map(int, options.setting.split(":")))
     rows = []

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import peak_bytes
 from lrsa import LRSAConfig, lrsa_attention, select_tokens
 from lrsa.attention import api, kernels, rectangles
 from lrsa.attention.documents import find_documents
@@ -205,24 +205,17 @@ def test_cuda_kernels_take_what_they_are_given():
         assert [x.shape for x in grads] == [query.shape, key.shape, key.shape]
 
 
-def peak_bytes(tokens, impl):
-    """Largest sum of live allocations during forward and backward, from the allocator's own events."""
+def peak_of(tokens, impl):
+    """Peak memory of forward and backward, from the allocator's own events."""
     states, grad = inputs(1, 4, 2, tokens, 16, torch.float32)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run(states, grad, LRSAConfig(4, 64, 16), impl=impl)
-    live = peak = 0
-    for event in trace.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
+    return peak_bytes(lambda: run(states, grad, LRSAConfig(4, 64, 16), impl=impl))
 
 
 def test_memory_grows_linearly():
     for impl in FAST:
-        small, large = peak_bytes(512, impl), peak_bytes(2048, impl)
+        small, large = peak_of(512, impl), peak_of(2048, impl)
         assert large < 4.2 * small, (impl, small, large)
-    assert peak_bytes(2048, "reference") > 12 * peak_bytes(512, "reference")
+    assert peak_of(2048, "reference") > 12 * peak_of(512, "reference")
 
 
 def test_similar_lengths_share_a_group():

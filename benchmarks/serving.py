@@ -1,0 +1,194 @@
+"""Generation over a full cache (DynamicCache, sdpa) against the compressed one, side by side in one process.
+
+    python benchmarks/serving.py --out runs/benchmarks                                   # CPU: a small shape
+    python benchmarks/serving.py --out OUT --shape qwen2.5-7b --cells 1x8192 8x32768     # one GPU, bfloat16
+
+A cell is a batch of prompts, "rows x tokens". Time to first token is one forward over the prompts and the choice of a
+token; decoding is greedy, one forward per token, as `generate` does it. Every round runs both sides one after the
+other; ratios are taken within a round, and their median, lowest and highest are reported. Bytes are those of the
+tensors that the cache holds when decoding ends, spare room included; peak memory is that of prompt and decoding beyond
+the weights. The shapes are those of real models, the weights random, so nothing is downloaded. Needs torch and
+transformers only; the picture needs matplotlib and is left out without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.memory import peak_bytes
+from benchmarks.step import SHAPES, random_model
+from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
+from lrsa.evaluation import cache_cost
+
+SIDES = ("full", "lrsa")
+
+
+@torch.no_grad()
+def generate(model, ids: torch.Tensor, cache, tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and of the `tokens` tokens after it."""
+    start = now(ids)
+    token = model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    first = now(ids)
+    for _ in range(tokens):
+        token = model(token, past_key_values=cache).logits.argmax(-1)
+    return first - start, now(ids) - first
+
+
+def now(tensor: torch.Tensor) -> float:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def run_cell(options, model, rows: int, length: int, config: LRSAConfig) -> dict:
+    """Both sides on one batch of prompts; the first round warms up, and its memory is what is reported."""
+    ids = torch.randint(0, model.config.vocab_size, (rows, length), device=options.device)
+    row = {"rows": rows, "length": length}
+    first, decode = ({side: [] for side in SIDES} for _ in range(2))
+    for round_ in range(options.rounds + 1):
+        for side in SIDES:
+            if side == "full":
+                cache = DynamicCache(config=remove_lrsa(model).config)
+            else:
+                cache = LRSACache(apply_lrsa(model, config).config.lrsa)
+            if round_ == 0:
+                peak = peak_bytes(generate, model, ids, cache, options.decode, device=options.device)
+                row[side] = {"cache_bytes": sum(layer.bytes for layer in cache_cost(cache)), "peak_bytes": peak}
+            else:
+                seconds = generate(model, ids, cache, options.decode)
+                first[side].append(seconds[0])
+                decode[side].append(seconds[1])
+            del cache
+    for side in SIDES:
+        row[side]["first_token_s"] = statistics.median(first[side])
+        row[side]["tokens_per_s"] = rows * options.decode / statistics.median(decode[side])
+    row["first_token"], row["decode"] = ratios(first), ratios(decode)
+    row["cache"] = row["lrsa"]["cache_bytes"] / row["full"]["cache_bytes"]
+    return row
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """How many times faster the compressed side is: median, lowest and highest of the rounds."""
+    found = sorted(full / lrsa for full, lrsa in zip(*(seconds[side] for side in SIDES), strict=True))
+    return {"ratio": statistics.median(found), "lowest": found[0], "highest": found[-1]}
+
+
+def losses(rows: list[dict]) -> str:
+    """The cells in which the compressed cache does not win, in words."""
+    names = {"first_token": "time to first token", "decode": "decoding"}
+    lost = [
+        f"{name} at {r['rows']} x {r['length']} ({r[key]['ratio']:.2f})"
+        for key, name in names.items()
+        for r in rows
+        if r[key]["ratio"] < 1
+    ]
+    return f"Slower than the full cache (median below 1): {', '.join(lost) or 'in no cell'}.\n"
+
+
+def table(rows: list[dict]) -> str:
+    head = (
+        "| rows x tokens | first token s, full | lrsa | times full (lowest-highest) | decode tokens/s, full | lrsa "
+        "| times full (lowest-highest) | cache MiB, full | lrsa | share | peak MiB, full | lrsa |\n"
+        + "|---" * 12
+        + "|\n"
+    )
+    lines = []
+    for r in rows:
+        full, lrsa, first, decode = r["full"], r["lrsa"], r["first_token"], r["decode"]
+        lines.append(
+            f"| {r['rows']} x {r['length']} | {full['first_token_s']:.2f} | {lrsa['first_token_s']:.2f} "
+            f"| {first['ratio']:.2f} ({first['lowest']:.2f}-{first['highest']:.2f}) "
+            f"| {full['tokens_per_s']:.0f} | {lrsa['tokens_per_s']:.0f} "
+            f"| {decode['ratio']:.2f} ({decode['lowest']:.2f}-{decode['highest']:.2f}) "
+            f"| {full['cache_bytes'] / 2**20:.1f} | {lrsa['cache_bytes'] / 2**20:.1f} | {r['cache']:.3f} "
+            f"| {full['peak_bytes'] / 2**20:.0f} | {lrsa['peak_bytes'] / 2**20:.0f} |"
+        )
+    return head + "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Speed against the full cache, and the memory of both, over prompt length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    first, decode, memory = figure.subplots(1, 3)
+    lengths = sorted({r["length"] for r in rows})
+    for number, batch in enumerate(sorted({r["rows"] for r in rows})):
+        cells = sorted((r for r in rows if r["rows"] == batch), key=lambda r: r["length"])
+        places, colour, label = [r["length"] for r in cells], f"C{number}", f"{batch} row{'s' * (batch > 1)}"
+        for axis, key in ((first, "first_token"), (decode, "decode")):
+            low, high = ([r[key][end] for r in cells] for end in ("lowest", "highest"))
+            axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.plot(places, [r[key]["ratio"] for r in cells], color=colour, marker="o", label=label)
+        for side, style in zip(SIDES, ("--", "-"), strict=True):
+            mebibytes = [r[side]["cache_bytes"] / 2**20 for r in cells]
+            memory.plot(places, mebibytes, style, color=colour, marker="o", label=f"{label}, {side}")
+    for axis in (first, decode):
+        axis.axhline(1, color="#555555", linewidth=1)
+    memory.set(yscale="log")
+    titles = ("time to first token, times faster", "decoding, times faster", "cache, MiB")
+    for axis, title in zip((first, decode, memory), titles, strict=True):
+        axis.set(xscale="log", xlabel="tokens of a prompt", title=title)
+        axis.set_xticks(lengths, [f"{n / 1024:g}k" for n in lengths])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def parse() -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    cells = ["1x2048", "1x4096", "1x8192", "8x2048", "8x4096"]
+    if on_gpu:
+        cells = [f"{rows}x{length}" for rows in (1, 8) for length in (2048, 4096, 8192, 16384, 32768)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for serving.json, serving.md, serving.png")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b" if on_gpu else "small")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to fit a small machine")
+    parser.add_argument("--cells", nargs="+", default=cells, help="rows x tokens of each")
+    parser.add_argument("--decode", type=int, default=128, help="tokens decoded after the first")
+    parser.add_argument("--setting", default="128:32", help="lag_size:top_k")
+    parser.add_argument("--sink-size", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    cells = [tuple(map(int, cell.split("x"))) for cell in options.cells]
+    model = random_model(options, max(length for _, length in cells) + options.decode + 1).eval()
+    config = LRSAConfig(options.sink_size, *map(int, options.setting.split(":")))
+    rows = []
+    for cell in cells:
+        rows.append(run_cell(options, model, *cell, config))
+        print(table(rows).splitlines()[-1], flush=True)
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
+    facts = {"machine": machine, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
+    (options.out / "serving.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
+    (options.out / "serving.md").write_text(f"{table(rows)}\n{losses(rows)}")
+    if importlib.util.find_spec("matplotlib"):
+        draw(rows, options.out / "serving.png")
+    print(f"\n{machine}, torch {torch.__version__}, {options.shape}, lag:top_k {options.setting}, {options.dtype}")
+    print(f"{table(rows)}\n{losses(rows)}")
+
+
+if __name__ == "__main__":
+    main()
