@@ -21,7 +21,7 @@ class Loaded(NamedTuple):
     new_cache: Callable[[], LRSACache]
 
 
-def load(source: str | Path, **model_options) -> Loaded:
+def load(source: str | Path, config: LRSAConfig | None = None, **model_options) -> Loaded:
     """Load an adapter that was trained with lrsa, or a model into which one was merged.
 
         model, tokenizer, new_cache = lrsa.load("user/adapter")
@@ -33,6 +33,7 @@ def load(source: str | Path, **model_options) -> Loaded:
 
     Args:
         source: a directory or Hub id of an adapter with its `lrsa_config.json`, or of a merged model.
+        config: settings in place of the stored ones; needed for a model that was not trained with lrsa.
         model_options: passed to `AutoModelForCausalLM.from_pretrained` for the base model (`dtype`, `device_map`, ...).
 
     Raises:
@@ -46,7 +47,7 @@ def load(source: str | Path, **model_options) -> Loaded:
         from peft import PeftConfig, PeftModel
 
         refuse_pickle(source)
-        config = LRSAConfig.from_pretrained(source)
+        config = LRSAConfig.from_pretrained(source) if config is None else config
         base_name = PeftConfig.from_pretrained(source).base_model_name_or_path
         model = AutoModelForCausalLM.from_pretrained(base_name, **options)
         model = PeftModel.from_pretrained(model, source)
@@ -54,7 +55,8 @@ def load(source: str | Path, **model_options) -> Loaded:
         base_name = source
         model = AutoModelForCausalLM.from_pretrained(source, **options)
         # Merging keeps the settings inside the model's own configuration.
-        config = config_of(model) if hasattr(model.config, "lrsa") else LRSAConfig.from_pretrained(source)
+        if config is None:
+            config = config_of(model) if hasattr(model.config, "lrsa") else LRSAConfig.from_pretrained(source)
     tokenizer_name = source if _has(source, "tokenizer_config.json") else base_name
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=options["trust_remote_code"])
     return Loaded(apply_lrsa(model, config).eval(), tokenizer, lambda: LRSACache(config))

@@ -72,3 +72,12 @@ def test_settings_that_do_not_fit_the_base_are_refused(saved):
     CONFIG.replace(skip_layers=(7,)).save_pretrained(directory / "adapter")
     with pytest.raises(ValueError, match="skip_layers must name layers from 0 to 2"):
         lrsa.load(directory / "adapter")
+
+
+def test_given_settings_stand_in_for_stored_ones(saved):
+    """A plain base has none of its own; an adapter's give way."""
+    directory, _ = saved
+    given = LRSAConfig(2, 4, 1)
+    for name in ("base", "adapter"):
+        model, _, new_cache = lrsa.load(directory / name, given)
+        assert new_cache().config == given == model.config.lrsa

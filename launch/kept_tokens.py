@@ -1,0 +1,61 @@
+"""Show which tokens of a text a model keeps, per layer and KV head: a picture and a page of shaded text.
+
+  python launch/kept_tokens.py --model runs/qa --text book.txt --out runs/qa/kept
+  python launch/kept_tokens.py --model Qwen/Qwen2.5-0.5B --lag-size 64 --top-k 16 --text book.txt --out runs/kept
+
+The model is an adapter trained with lrsa, a model into which one was merged, or, with --lag-size and the like, any
+model. Writes kept_tokens.png and kept_tokens.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    # As a script, launch/ comes first on the path; the package data lies one level up.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    parser.add_argument("--text", required=True, metavar="FILE", help=".txt or .md, or .json and .jsonl with a text")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--start", default="", metavar="WORDS", help="begin where these words first stand in the text")
+    parser.add_argument("--tokens", type=int, default=512, help="most tokens to read")
+    for name in ("sink-size", "lag-size", "top-k"):
+        parser.add_argument(f"--{name}", type=int, help="in place of the model's own lrsa_config.json")
+    options = parser.parse_args()
+    try:
+        show(options)
+    except ValueError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def show(options: argparse.Namespace) -> None:
+    import lrsa
+    from data.reading import read_records
+    from lrsa.evaluation.kept_tokens import describe, draw_kept_tokens, kept_tokens, read_passage, write_page
+
+    given = {name: getattr(options, name) for name in ("sink_size", "lag_size", "top_k")}
+    given = {name: value for name, value in given.items() if value is not None}
+    texts = [
+        record["text"] for record in read_records(options.text, setting="--text") if options.start in record["text"]
+    ]
+    if not texts:
+        raise ValueError(f"--start: {options.text} does not contain {options.start!r}.")
+    model, tokenizer, _ = lrsa.load(options.model, config=lrsa.LRSAConfig(**given) if given else None)
+    passage = read_passage(tokenizer, texts[0][texts[0].index(options.start) :], options.tokens)
+    config = model.config.lrsa
+    kept = kept_tokens(model, passage.ids)
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw_kept_tokens(kept, passage.pieces, config, options.out / "kept_tokens.png")
+    write_page(kept, passage.pieces, config, options.out / "kept_tokens.html")
+    print(describe(kept, config))
+    print(f"wrote {options.out}/kept_tokens.png, kept_tokens.html")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
