@@ -136,3 +136,26 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process"):
         LRSALM(BASE, **SETTINGS)
+
+
+RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
+
+
+@pytest.mark.slow
+def test_ruler_tasks_generate_and_run():
+    """Those of lm_eval's RULER tasks that need no download, at 4096 tokens; the batch changes no answer."""
+    pytest.importorskip("wonderwords", reason='RULER generates with wonderwords: pip install "lrsa[harness]"')
+    import lm_eval
+
+    def answers(batch_size):
+        lm = LRSALM(BASE, batch_size=batch_size, max_length=5000, **SETTINGS)
+        metadata = {"tokenizer": BASE, "max_seq_lengths": [4096]}
+        found = lm_eval.simple_evaluate(lm, tasks=list(RULER), limit=3, metadata=metadata, bootstrap_iters=0)
+        assert set(found["results"]) == set(RULER)
+        assert all(0 <= found["results"][task]["4096,none"] <= 1 for task in RULER)
+        lengths = [len(lm.tok_encode(s["arguments"][0][0])) for task in RULER for s in found["samples"][task]]
+        assert min(lengths) > 3000
+        return [s["filtered_resps"] for task in RULER for s in found["samples"][task]]
+
+    found = answers(3)
+    assert len(found) == 3 * len(RULER) and found == answers(1)
