@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import lrsa
 from data.synthetic import key_value_row
@@ -117,6 +119,19 @@ def test_loglikelihoods_are_those_of_the_cache(rows):
         assert value == pytest.approx(expected, abs=1e-9)
         assert greedy == (logits.argmax(-1).tolist() == target)
         assert (abs(value - dense) > 1e-3) == (len(context) > CONFIG.dense_length)
+
+
+def test_adapter(rows, tmp_path):
+    """An adapter brings its base, its tokenizer and its settings along, and acts."""
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    torch.manual_seed(0)
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    tuned.save_pretrained(tmp_path)
+    CONFIG.save_pretrained(tmp_path)
+    lm = LRSALM(str(tmp_path), batch_size=3)
+    assert lm.new_cache().config == CONFIG
+    answers = ask(lm, rows)
+    assert answers == ask(LRSALM(str(tmp_path)), rows) != ask(LRSALM(BASE, **SETTINGS), rows)
 
 
 @pytest.mark.parametrize(
