@@ -189,10 +189,12 @@ def _evaluation(results: Results | None) -> str:
 def _training(settings: RunSettings) -> str:
     """The settings that a reader asks for first, with TRL's defaults where the run left them."""
     train, data = {field.name: field.default for field in fields(SFTConfig)} | settings.train, settings.data
+    objective = settings.objective.model_dump()
     rows = {
         "data": f"{_data_name(settings, data.path)}, {data.kind}, rows of up to {data.context_length} tokens",
         "LRSA": ", ".join(f"{name} {value}" for name, value in settings.lrsa.items()),
         "LoRA": ", ".join(f"{name} {value}" for name, value in settings.lora.model_dump().items()),
+        "objective": ", ".join(f"{name} {value}" for name, value in objective.items() if value is not None),
         "length": f"{train['max_steps']} steps" if train["max_steps"] > 0 else f"{train['num_train_epochs']:g} epochs",
         "batch": f"{train['per_device_train_batch_size']} rows per device x "
         f"{train['gradient_accumulation_steps']} accumulated",
