@@ -15,6 +15,7 @@ from rich.table import Table
 from data import DataReport
 from train.estimate import Plan, plan_run, shape_of, this_device
 from train.estimate.report import memory_line, time_line
+from train.sections import ObjectiveSettings
 from train.settings import RunSettings
 from train.trainer import LRSATrainer, kept_tokens
 
@@ -48,6 +49,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
         ("model", f"{settings.model.name_or_path}, {_count(total)} parameters in {settings.model.dtype}"),
         ("adapter", f"LoRA r {settings.lora.r}, {_count(trainable)} parameters trained ({trainable / total:.2%})"),
         ("attention", _attention(settings, trainer)),
+        *([("objective", _objective(settings.objective))] if trainer.lrsa is not None else []),
         ("batch", f"{args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} accumulated x "
                   f"{processes} = {per_step} rows per step"),
         ("data", f"{report.rows} rows{packed}, {report.compressed_share:.1%} long enough to be compressed"),
@@ -97,6 +99,15 @@ def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:
         f"LRSA, sink {lrsa.sink_size}, lag {lrsa.lag_size}, top_k {lrsa.top_k}{skipped}: keeps {lrsa.keep_ratio:.1%} "
         f"of a window; of {length} tokens the cache holds {kept:.0f} ({kept / length:.1%})"
     )
+
+
+def _objective(objective: ObjectiveSettings) -> str:
+    weights = {name: getattr(objective, name) for name in ("cross_entropy", "distillation", "selection")}
+    parts = " + ".join(f"{weight:g} {name.replace('_', '-')}" for name, weight in weights.items() if weight)
+    teacher = "; teacher: the base with its full cache, one more forward per step" if objective.has_teacher else ""
+    ratios = ", ".join(f"{ratio:g}" for ratio in objective.keep_ratios or [])
+    how = "one drawn per step" if objective.schedule == "draw" else "in equal parts of the run"
+    return f"{parts}{teacher}; keep ratios {ratios}, {how}"
 
 
 def _machine(trainer: LRSATrainer) -> str:

@@ -59,13 +59,9 @@ class Objective:
         self._teacher_states = None
         self._student_states: list[torch.Tensor] = []
 
-    @property
-    def has_teacher(self) -> bool:
-        return bool(self.settings.distillation or self.settings.selection)
-
     def teach(self, wrapped_model, config: LRSAConfig) -> None:
         """Run the teacher, and set the model to `config` for the student."""
-        if self.has_teacher:
+        if self.settings.has_teacher:
             apply_lrsa(self.model, config.replace(top_k=config.lag_size))
             recording = self.supervision.record() if self.supervision else _nothing()
             with torch.no_grad(), self.model.disable_adapter(), _hidden_states(self.model) as found, recording:

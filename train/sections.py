@@ -96,6 +96,11 @@ class ParallelSettings(BaseModel):
             raise ValueError("; ".join(refused))
         return values
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the base model has to run beside the model that is trained."""
+        return bool(self.distillation or self.selection)
+
 
 class EvalSettings(BaseModel):
     """What is measured after training, on the rows that `data` held out."""

@@ -112,7 +112,7 @@ def plan_run(
         zero_stage=stage,
         offload_optimizer=_offloaded(zero, "offload_optimizer"),
         offload_weights=stage == 3 and _offloaded(zero, "offload_param"),
-        teacher=bool(settings.objective.distillation or settings.objective.selection),
+        teacher=settings.objective.has_teacher,
         live=live if isinstance(live, (int, float)) else 10**9,
     )
     return replace(plan, steps=_steps(settings, plan.rows_per_step))
