@@ -5,8 +5,8 @@
 
 The shapes are those of real models, the weights random, so nothing is downloaded. Both sides run the same code: LoRA
 on every linear layer, every layer checkpointed (recomputed in the backward), a loss that never holds all logits, AdamW
-on the adapters. Only the attention differs. Dense is the kernel that `scaled_dot_product_attention` picks. Needs torch
-and transformers only.
+on the adapters. Only the attention differs; the third line adds the objective that teaches the selection, with its
+teacher's forward. Dense is the kernel that `scaled_dot_product_attention` picks. Needs torch and transformers only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.memory import peak_bytes
-from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
+from lrsa import LRSAConfig, SelectionSupervision, apply_lrsa, remove_lrsa
 
 # layers, hidden, MLP, query heads, KV heads, head dim, vocabulary
 SHAPES = {
@@ -87,13 +87,13 @@ def with_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model.train()
 
 
-def loss_of(model, ids: torch.Tensor, rows: int = 2048) -> torch.Tensor:
+def loss_of(model, ids: torch.Tensor, rows: int = 2048, **options) -> torch.Tensor:
     """Mean next-token loss; logits exist for `rows` tokens at a time only, in the backward too."""
 
     def part(states, labels):
         return nn.functional.cross_entropy(model.lm_head(states).float(), labels, reduction="sum")
 
-    states = model.model(ids, use_cache=False).last_hidden_state[0, :-1]
+    states = model.model(ids, use_cache=False, **options).last_hidden_state[0, :-1]
     labels = ids[0, 1:]
     sums = [
         checkpoint(part, states[i : i + rows], labels[i : i + rows], use_reentrant=False)
@@ -102,11 +102,24 @@ def loss_of(model, ids: torch.Tensor, rows: int = 2048) -> torch.Tensor:
     return torch.stack(sums).sum() / len(labels)
 
 
-def step(model, optimiser, ids: torch.Tensor) -> float:
-    """Seconds of forward, backward and update."""
+def taught_loss(model, ids: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
+    """The loss with selection supervision: a teacher's forward over the full cache comes first."""
+    asked = torch.ones_like(ids, dtype=torch.bool)
+    supervision = SelectionSupervision(config, asked, layers=range(model.config.num_hidden_layers))
+    apply_lrsa(model, config.replace(top_k=config.lag_size))
+    with torch.no_grad(), supervision.record():
+        model.model(ids, use_cache=False, lrsa_supervision=supervision)
+    apply_lrsa(model, config)
+    loss = loss_of(model, ids, lrsa_supervision=supervision)
+    supervision.scale_with(loss)
+    return loss
+
+
+def step(loss, optimiser, ids: torch.Tensor) -> float:
+    """Seconds of forward, backward and update; `loss()` does the forward."""
     _wait(ids)
     start = time.perf_counter()
-    loss_of(model, ids).backward()
+    loss().backward()
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     _wait(ids)
@@ -118,39 +131,41 @@ def _wait(tensor: torch.Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def run_length(options, model, optimiser, length: int, config: LRSAConfig) -> dict:
+def run_length(options, model, optimiser, length: int, config: LRSAConfig) -> list[dict]:
     ids = torch.randint(0, model.config.vocab_size, (1, length), device=options.device)
-    sides = {"dense": lambda: remove_lrsa(model), "lrsa": lambda: apply_lrsa(model, config)}
-    times, peak = {name: [] for name in sides}, {}
+    sides = {
+        "dense": lambda: loss_of(remove_lrsa(model), ids),
+        "LRSA": lambda: loss_of(apply_lrsa(model, config), ids),
+        "LRSA, selection taught": lambda: taught_loss(model, ids, config),
+    }
+    times = {name: [] for name in sides}
     for round_ in range(options.rounds + 1):
-        for name, switch in sides.items():
-            switch()
-            seconds = step(model, optimiser, ids)
+        for name, loss in sides.items():
+            seconds = step(loss, optimiser, ids)
             if round_:  # the first round warms up
                 times[name].append(seconds)
-    for name, switch in sides.items():
-        switch()
-        peak[name] = peak_bytes(step, model, optimiser, ids, device=options.device) / 2**30
-    ratios = sorted(d / t for d, t in zip(times["dense"], times["lrsa"], strict=True))
-    return {
-        "length": length,
-        **{f"{name}_tokens_per_s": length / statistics.median(times[name]) for name in sides},
-        "ratio": statistics.median(ratios),
-        "lowest": ratios[0],
-        "highest": ratios[-1],
-        **{f"{name}_peak_gib": peak[name] for name in sides},
-    }
+    rows = []
+    for name, loss in sides.items():
+        ratios = sorted(d / t for d, t in zip(times["dense"], times[name], strict=True))
+        rows.append(
+            {
+                "length": length,
+                "name": name,
+                "tokens_per_s": length / statistics.median(times[name]),
+                "ratio": statistics.median(ratios),
+                "lowest": ratios[0],
+                "highest": ratios[-1],
+                "peak_gib": peak_bytes(step, loss, optimiser, ids, device=options.device) / 2**30,
+            }
+        )
+    return rows
 
 
 def table(rows: list[dict]) -> str:
-    head = (
-        "| tokens | dense tokens/s | LRSA tokens/s | times dense (lowest-highest) | dense peak GiB | LRSA peak GiB |\n"
-        "|---|---|---|---|---|---|\n"
-    )
+    head = "| tokens | step | tokens/s | times dense (lowest-highest) | peak GiB |\n|---|---|---|---|---|\n"
     return head + "".join(
-        f"| {r['length']} | {r['dense_tokens_per_s']:.0f} | {r['lrsa_tokens_per_s']:.0f} "
-        f"| {r['ratio']:.2f} ({r['lowest']:.2f}-{r['highest']:.2f}) "
-        f"| {r['dense_peak_gib']:.2f} | {r['lrsa_peak_gib']:.2f} |\n"
+        f"| {r['length']} | {r['name']} | {r['tokens_per_s']:.0f} "
+        f"| {r['ratio']:.2f} ({r['lowest']:.2f}-{r['highest']:.2f}) | {r['peak_gib']:.2f} |\n"
         for r in rows
     )
 
@@ -181,8 +196,8 @@ def main() -> None:
     config = LRSAConfig(options.sink_size, *map(int, options.setting.split(":")))
     rows = []
     for length in options.lengths:
-        rows.append(run_length(options, model, optimiser, length, config))
-        print(table(rows).splitlines()[-1], flush=True)
+        rows += run_length(options, model, optimiser, length, config)
+        print("\n".join(table(rows).splitlines()[-3:]), flush=True)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
     facts = {"machine": machine, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
     (options.out / "step.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
