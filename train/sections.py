@@ -70,6 +70,11 @@ class ObjectiveSettings(BaseModel):
         "draw", description="draw a keep ratio for every step, or go through keep_ratios in equal parts of the run"
     )
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the base model has to run beside the model that is trained."""
+        return bool(self.distillation or self.selection)
+
 
 # What other frameworks call by these names, and why it is not here.
 NOT_PARALLEL = {
@@ -95,11 +100,6 @@ class ParallelSettings(BaseModel):
         if refused:
             raise ValueError("; ".join(refused))
         return values
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the base model has to run beside the model that is trained."""
-        return bool(self.distillation or self.selection)
 
 
 class EvalSettings(BaseModel):
