@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import HfDeepSpeedConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrsa import LRSAConfig, apply_lrsa, lrsa_attention
@@ -161,17 +162,29 @@ def test_what_cannot_be_shared_is_refused_all_at_once(settings_with, monkeypatch
     assert "parallel.sp_size must divide the number of processes (3), got 2" in str(error.value)
 
 
+def arguments(size: int, **zero) -> SimpleNamespace:
+    """The part of TRL's configuration that is looked at."""
+    deepspeed = HfDeepSpeedConfig({"zero_optimization": {"stage": 3} | zero})
+    return SimpleNamespace(parallelism_config=parallelism_config(size), hf_deepspeed_config=deepspeed)
+
+
+def test_gradients_that_would_be_scaled_otherwise(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match=r"train\.deepspeed must not switch reduce_scatter off"):
+        share_rows(arguments(2, reduce_scatter=False), model(), selection=False)
+
+
 @pytest.mark.parametrize("size", [3, 16])
 def test_heads_that_cannot_be_dealt_out(size, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(size))
-    args = SimpleNamespace(parallelism_config=parallelism_config(size), router_aux_loss_coef=None)
+    args = arguments(size)
     with pytest.raises(SettingsError, match=rf"must divide the model's 8 attention heads, .* 2 KV heads .* got {size}"):
         share_rows(args, model(), selection=False)
 
 
 def test_copies_of_kv_heads_are_not_taught(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    args = SimpleNamespace(parallelism_config=parallelism_config(4), router_aux_loss_coef=None)
+    args = arguments(4)
     share_rows(args, model(), selection=False)
     assert args.parallelism_config.sp_handler.sp_attn_implementation == "lrsa"
     with pytest.raises(SettingsError, match=r"must be at most the model's 2 KV heads with objective.selection, got 4"):

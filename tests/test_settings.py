@@ -30,7 +30,7 @@ train:
 eval:
   rows: 5
 """
-SECTIONS = "sections are model, lrsa, lora, objective, data, train, eval"
+SECTIONS = "sections are model, lrsa, lora, objective, data, train, parallel, eval"
 
 
 @pytest.fixture

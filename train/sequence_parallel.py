@@ -103,6 +103,10 @@ def share_rows(args: SFTConfig, model: PreTrainedModel, selection: bool) -> None
     if coefficient and hasattr(text_config, "output_router_logits"):
         text = f"must be 0 with parallel.sp_size {size}, got {coefficient}: it is not added up over the slices of a row"
         problems.append(Problem("", "train.router_aux_loss_coef", text))
+    deepspeed = args.hf_deepspeed_config
+    if deepspeed.is_zero3() and deepspeed.is_false("zero_optimization.reduce_scatter"):
+        text = f"must not switch reduce_scatter off in ZeRO-3 with parallel.sp_size {size}: gradients would grow by it"
+        problems.append(Problem("", "train.deepspeed", text))
     if selection and size > kv_heads:
         text = f"must be at most the model's {kv_heads} KV heads with objective.selection, got {size}"
         problems.append(Problem("", "parallel.sp_size", f"{text}: copies of a KV head see a part of its queries each"))
@@ -123,10 +127,8 @@ def separate_rows(args: SFTConfig) -> None:
 class PartOfStep(Trainer):
     """What SFTTrainer calls for the loss of shared rows: a process's part of the mean over the step's trained tokens.
 
-    DeepSpeed adds up the gradients of a group and takes the mean over the groups.
-
-    Transformers' own takes the mean of the means of the step's batches, and hands back gradients that are `sp_size`
-    times too large, which changes what `max_grad_norm` clips.
+    Transformers' own takes the mean of the means of the step's batches, and its gradients are `sp_size` times too large
+    under ZeRO-2, which changes what `max_grad_norm` clips.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -179,6 +181,8 @@ class SequenceParallelTrainer(LRSATrainer, PartOfStep):
         part = super().compute_loss(model, inputs, False, num_items_in_batch)
         whole = part.detach().clone()
         torch.distributed.all_reduce(whole, group=get_sequence_parallel_group())
+        # DeepSpeed adds up the gradients of a group and takes the mean over the groups, but ZeRO-3 the mean over all.
+        part = part * (self.sp_size if self.args.hf_deepspeed_config.is_zero3() else 1)
         return part + (whole - part.detach())  # the log takes the mean over all processes
 
     def _shares(self, num_items_in_batch) -> tuple[float, torch.Tensor | None]:
