@@ -31,7 +31,7 @@ from train.problems import Problem, SettingsError
 from train.settings import RunSettings, load_settings
 from train.wording import in_words
 
-ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 
 
 class Experiment(BaseModel):
@@ -114,11 +114,11 @@ def train_arms(experiment: Experiment, jobs: int) -> None:
     def train(run: tuple[str, int]) -> None:
         directory = run_directory(experiment, *run)
         directory.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "launch/train.py", "--config", experiment.config, "--resume", "--set"]
+        command = [sys.executable, str(SCRIPT), "--config", experiment.config, "--resume", "--set"]
         with open(directory / "output.txt", "w", encoding="utf-8") as file:
             done = subprocess.run(
                 [*command, *overrides(experiment, *run)],
-                cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={"OMP_NUM_THREADS": threads} | os.environ,
+                stdout=file, stderr=subprocess.STDOUT, env={"OMP_NUM_THREADS": threads} | os.environ,
             )  # fmt: skip
         if done.returncode:
             tail = (directory / "output.txt").read_text(encoding="utf-8").splitlines()[-8:]
