@@ -66,6 +66,7 @@ def test_a_run_that_fails_is_told_with_what_it_printed(workplace):
     [
         ({"versus": "full"}, "versus must be one of the arms default, dense, got 'full'"),
         ({"controls": ["newest"]}, "controls must be of recent, random, got 'newest'"),
+        ({"arms": ARMS | {"at 1/4": []}}, "must have no slash, got 'at 1/4'"),
         ({"seeds": []}, "seeds"),
         ({"sedes": [1]}, "sedes"),
         ({"arms": {"dense": ["lrsa.top_k=9"]}}, "top_k must be between 1 and lag_size (8), got 9"),

@@ -75,6 +75,9 @@ def load_experiment(path: str, more: list[str] | None = None) -> Experiment:
     for name in experiment.controls:
         if name not in SCORES[1:]:
             problems.append(Problem(path, "controls", f"must be of {', '.join(SCORES[1:])}, got {name!r}"))
+    for arm in experiment.arms:
+        if "/" in arm:
+            problems.append(Problem(path, "arms", f"names folders, so it must have no slash, got {arm!r}"))
     for arm in experiment.arms:  # a mistake shall be told before the first arm is trained
         try:
             settings_of(experiment, arm, experiment.seeds[0])
