@@ -38,7 +38,13 @@ class Trap:
 CODE = """
 import pathlib
 pathlib.Path({mark!r}).mkdir()
-from transformers import LlamaConfig as StrangeConfig, LlamaForCausalLM as StrangeModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class StrangeConfig(LlamaConfig):
+    model_type = "strange"
+
+class StrangeModel(LlamaForCausalLM):
+    config_class = StrangeConfig
 """
 
 

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.tiny_run import ROOT, make_workplace
+from tests.launched import assert_same, lines, start, step_of, wait_until
+from tests.tiny_run import make_workplace
 from train.checkpoints import checkpoints, damage
 from train.command_line import explain
 from train.settings import load_settings
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-ZERO = "train.gradient_accumulation_steps={} train.per_device_train_batch_size=1"
-ZERO += " train.deepspeed=configs/deepspeed/zero{}.json"
-LAUNCHERS = {
-    "one process": "",
-    "ZeRO-2": ZERO.format(2, 2),
-    "ZeRO-3": ZERO.format(2, 3),
-    "ZeRO-3 with Ulysses": ZERO.format(4, 3) + " parallel.sp_size=2",
-}
-KILLS = int(os.environ.get("LRSA_KILLS", "12"))
 
 
 @pytest.fixture(scope="module")
@@ -58,68 +42,6 @@ def run_here(workplace: Path, name: str, *overrides: str, **options) -> int:
         patch.chdir(workplace)
         settings = [f"train.output_dir={name}", *overrides]
         return explain(lambda: run(load_settings("run.yaml", settings), **options))
-
-
-def start(workplace: Path, name: str, launcher: str, *options: str) -> subprocess.Popen:
-    """The command line, as the leader of a process group of its own; its output goes to NAME.txt."""
-    sets = LAUNCHERS[launcher].split()
-    command = [sys.executable]
-    if sets:
-        deepspeed = Path(sys.executable).with_name("deepspeed")
-        needed = [
-            deepspeed,
-            ROOT / sets[2].partition("=")[2],
-            *(ROOT / "train" / "sequence_parallel.py" for _ in sets[3:]),
-        ]
-        if not all(path.is_file() for path in needed):
-            pytest.skip(f"{launcher} cannot be run here")
-        command = [str(deepspeed), "--num_gpus", "2", "--master_port", str(random.SystemRandom().randint(20000, 60000))]
-    command += [str(ROOT / "launch" / "train.py"), "--config", "run.yaml", *options]
-    with open(workplace / f"{name}.txt", "a") as output:
-        return subprocess.Popen(
-            [*command, "--set", f"train.output_dir={name}", *sets],
-            cwd=workplace, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-
-def wait_until(found, process: subprocess.Popen | None = None, seconds: float = 120) -> bool:
-    """Whether `found()` came true before the process ended."""
-    end = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < end, "waited in vain"
-        if process is not None and process.poll() is not None:
-            return False
-        time.sleep(0.002)
-    return True
-
-
-def lines(directory: Path) -> list[dict]:
-    """The log without what the clock decides."""
-    found = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in found if "loss" in line]
-
-
-def assert_same(directory: Path, expected: Path) -> None:
-    """The same log and the same adapters, bit for bit, and no checkpoint that is half there."""
-    for found, wanted in ((directory, expected), (directory / "control", expected / "control")):
-        assert [line["step"] for line in lines(wanted)] == [3, 6, 9]
-        assert lines(found) == lines(wanted)
-        ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (found, wanted))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert [path.name for path in checkpoints(found)] == ["checkpoint-8", "checkpoint-10"]
-        assert not any(damage(path) for path in checkpoints(found))
-
-
-def step_of(directory: Path) -> int:
-    """The newest step that can be continued."""
-    return max((int(path.name[11:]) for path in checkpoints(directory) if damage(path) is None), default=0)
-
-
-def steps_taken(directory: Path) -> int:
-    """The last step that left a trace: in the log, or a checkpoint, whole or not."""
-    log = directory / "log.jsonl"
-    logged = [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.is_file() else []
-    return max([0, *logged, *(int(path.name[11:]) for path in checkpoints(directory))])
 
 
 def test_killed_while_a_checkpoint_is_written(workplace, undisturbed, capsys):
@@ -262,84 +184,3 @@ def test_other_processes_cannot_continue(workplace, undisturbed, capsys):
     whole.write_text(whole.read_text().replace('"processes": 1', '"processes": 2'))
     assert run_here(workplace, "other", resume=True) == 2
     assert "was written by 2 processes without DeepSpeed, this run has 1 process without" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", list(LAUNCHERS))
-def test_killed_at_random_moments(workplace, launcher):
-    """SIGKILL to all processes at once, half of the times while a checkpoint is being written, until enough are had."""
-    rng, expected, name = random.Random(1), workplace / f"whole {launcher}", ""
-    lost, halves = [], 0
-    began = time.monotonic()
-    whole = start(workplace, expected.name, launcher)
-    assert wait_until((expected / "config.yaml").is_file, whole)
-    ready = time.monotonic()
-    assert whole.wait() == 0, (workplace / f"{expected.name}.txt").read_text()[-3000:]
-    training, runs = time.monotonic() - ready, 0
-    while len(lost) < KILLS or name:
-        if not name:
-            name, runs = f"killed {launcher} {runs}", runs + 1
-        process, directory = start(workplace, name, launcher, "--resume"), workplace / name
-        if len(lost) < KILLS:
-            if len(lost) % 2:
-                half = rng.choice([directory, directory / "control"]) / f"checkpoint-{rng.choice([2, 4, 6, 8, 10])}"
-                hit = wait_until(lambda half=half: half.is_dir() and not (half / "complete.json").exists(), process)
-            else:
-                end = time.monotonic() + rng.uniform(ready - began, ready - began + 0.8 * training)
-                hit = wait_until(lambda end=end: time.monotonic() > end, process)
-            if hit:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                current = directory / "control" if (directory / "control").is_dir() else directory
-                halves += sum(damage(path) is not None for path in checkpoints(current))
-                lost.append(steps_taken(current) - step_of(current))
-                continue
-        assert process.wait() == 0, (workplace / f"{name}.txt").read_text()[-3000:]
-        assert_same(workplace / name, expected)
-        name = ""
-    print(
-        f"\n{launcher}: {len(lost)} kills over {runs} runs survived, {halves} in half a checkpoint; steps lost {lost}"
-    )
-
-
-@pytest.mark.slow
-def test_sigterm_under_the_launcher(workplace):
-    """To the whole group, as a terminal, `timeout` or a queue sends it."""
-    whole = start(workplace, "whole launched", "ZeRO-2")
-    assert whole.wait() == 0
-    process, directory = start(workplace, "launched", "ZeRO-2"), workplace / "launched"
-    assert wait_until((directory / "checkpoint-2").is_dir, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait() != 0
-    text = workplace / "launched.txt"
-    wait_until(lambda: "the same command with --resume goes on from there" in text.read_text(), seconds=60)
-    wait_until(lambda: not alive(process.pid), seconds=60)
-    assert "Traceback" not in text.read_text()
-    assert start(workplace, "launched", "ZeRO-2", "--resume").wait() == 0
-    assert_same(directory, workplace / "whole launched")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_dies_ends_the_others(workplace, rank):
-    import psutil
-
-    name = f"dead-{rank}"
-    process, directory = start(workplace, name, "ZeRO-2"), workplace / name
-    assert wait_until((directory / "checkpoint-2" / "complete.json").is_file, process)
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if f"--local_rank={rank}" in p.cmdline()]
-    killed = time.monotonic()
-    ranks[0].send_signal(signal.SIGKILL)
-    assert process.wait(timeout=90) != 0
-    wait_until(lambda: not alive(process.pid), seconds=60)
-    print(f"\nrank {rank} killed: all processes ended {time.monotonic() - killed:.0f} s later")
-    assert "another process of this run is gone" in (workplace / f"{name}.txt").read_text()
-    assert step_of(directory) >= 2 and not (directory / "adapter_model.safetensors").exists()
-
-
-def alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
