@@ -121,6 +121,7 @@ def table(rows: list[dict]) -> str:
 def draw(rows: list[dict], path: Path) -> None:
     """Speed against the full cache, and the memory of both, over prompt length."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     first, decode, memory = figure.subplots(1, 3)
@@ -137,7 +138,8 @@ def draw(rows: list[dict], path: Path) -> None:
             memory.plot(places, mebibytes, style, color=colour, marker="o", label=f"{label}, {side}")
     for axis in (first, decode):
         axis.axhline(1, color="#555555", linewidth=1)
-    memory.set(yscale="log")
+    memory.set_yscale("log", base=2)
+    memory.yaxis.set_major_formatter(ScalarFormatter())
     titles = ("time to first token, times faster", "decoding, times faster", "cache, MiB")
     for axis, title in zip((first, decode, memory), titles, strict=True):
         axis.set(xscale="log", xlabel="tokens of a prompt", title=title)

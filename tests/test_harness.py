@@ -86,6 +86,7 @@ def test_batches_and_caches(rows):
     full = ask(LRSALM(BASE, batch_size=8, cache="full", **SETTINGS), rows)
     everything = ask(LRSALM(BASE, batch_size=8, keep_ratio=1.0, **SETTINGS), rows)
     eighth = LRSALM(BASE, batch_size=8, keep_ratio=1 / 8, **SETTINGS)
+    assert eighth.batch_size == 8
     assert eighth.new_cache().config == CONFIG.replace(top_k=2) == eighth.model.config.lrsa
     assert full == everything != compressed[0]
     assert ask(eighth, rows) not in (full, compressed[0])

@@ -111,7 +111,7 @@ def draw_kept_tokens(kept: torch.Tensor, pieces: Sequence[str], config: LRSAConf
         for column, token, letters in line:
             page.add_patch(_box(column, row, len(letters), shades[token]))
             page.text(column, row + 0.76, letters, family="monospace", fontsize=10.4, parse_math=False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
 
 
 def _box(column: int, row: int, width: int, colour: str):
@@ -121,11 +121,12 @@ def _box(column: int, row: int, width: int, colour: str):
 
 
 def _lines(pieces: Sequence[str]) -> list[list[tuple[int, int, str]]]:
-    """Lines of `(column, token, letters)`, broken where the text breaks and where a line is full."""
+    """Lines of `(column, token, letters)`, broken where the text breaks, and at a blank near the end of a full line."""
     lines, column = [[]], 0
     for token, piece in enumerate(pieces):
         for number, letters in enumerate(piece.split("\n")):
-            if number or column + len(letters) > LINE:
+            ends = LINE - 10 if letters.startswith(" ") else LINE
+            if number or column + len(letters) > ends:
                 lines.append([])
                 column = 0
             if letters:
