@@ -27,7 +27,7 @@ GENERATE = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad
 
 # Runs where nothing of the run is at hand: only the hub's address, a token and an empty cache.
 ELSEWHERE = """
-import contextlib, io, json, re, sys
+import contextlib, io, re, sys
 import lrsa, torch
 from transformers import AutoModelForCausalLM
 from huggingface_hub import ModelCard
