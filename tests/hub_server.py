@@ -133,8 +133,7 @@ class Handler(BaseHTTPRequestHandler):
     def create(self):
         asked = json.loads(self.body)
         repo = f"{asked.get('organization') or USER}/{asked['name']}"
-        known = repo in self.hub.repos
-        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        known, private = repo in self.hub.repos, asked.get("visibility") == "private" or asked.get("private", False)
         self.hub.repos.setdefault(repo, {"private": private, "commits": []})
         return (409 if known else 200), {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo}
 
