@@ -21,7 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.step import SHAPES, build
+from benchmarks.step import SHAPES, random_model, with_lora
 from lrsa import LRSAConfig, apply_lrsa
 
 
@@ -85,7 +85,9 @@ def main() -> None:
     options.lengths = [options.context]
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model = apply_lrsa(build(options), LRSAConfig(16, *map(int, options.setting.split(":"))))
+    model = apply_lrsa(
+        with_lora(random_model(options, options.context)), LRSAConfig(16, *map(int, options.setting.split(":")))
+    )
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     rows = documents(options.documents, options.median, options.spread, options.context)
     kinds = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lrsa.attention import api
+from lrsa.attention import documents
 from tests.tiny_run import make_workplace
 from train.command_line import explain
 from train.settings import load_settings
@@ -60,6 +60,6 @@ def test_one_packed_step_is_one_step_over_the_documents_alone(step):
 
 def test_documents_that_saw_each_other_would_show(step, monkeypatch):
     packed = step("apart", ROWS, "train.packing=true")
-    find = api.find_documents
-    monkeypatch.setattr(api, "find_documents", lambda mask, positions, shape: find(mask, None, shape))
+    find = documents.find_documents
+    monkeypatch.setattr(documents, "find_documents", lambda mask, positions, shape: find(mask, None, shape))
     assert error(step("mixed", ROWS, "train.packing=true"), packed, "loss") > 1e-4

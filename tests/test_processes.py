@@ -21,7 +21,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLU
 PORTS = iter(range(29700, 29800))
 FOUR_ROWS = "train.per_device_train_batch_size=4"
 STEPS = ["train.max_steps=4", "train.logging_steps=1", "train.save_strategy=no"]
-STEPS += ["eval.control=false", "lora.lora_dropout=0"]
+STEPS += ["objective.keep_ratios=[0.25]", "eval.control=false", "lora.lora_dropout=0"]
 ZERO = "train.deepspeed=configs/deepspeed"
 
 

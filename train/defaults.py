@@ -32,10 +32,8 @@ def with_defaults(settings: RunSettings) -> RunSettings:
 
 def _objective(settings: RunSettings) -> ObjectiveSettings:
     """What the experiments in RESULTS.md support: where few tokens are trained, the selection has to be taught which
-    ones will be asked for; where all are, the base with its full cache is the better teacher."""
-    text = settings.data.kind == "text"
-    best = {"cross_entropy": 0.0 if text else 1.0, "distillation": 1.0 if text else 0.0, "selection": float(not text)}
-    best["keep_ratios"] = [1.0, settings.lrsa.keep_ratio]
+    ones will be asked for; and steps with the full cache keep its score."""
+    best = {"selection": float(settings.data.kind != "text"), "keep_ratios": [1.0, settings.lrsa.keep_ratio]}
     open_ = {name: value for name, value in best.items() if getattr(settings.objective, name) is None}
     return settings.objective.model_copy(update=open_)
 

@@ -43,13 +43,10 @@ class ObjectiveSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    cross_entropy: float | None = Field(
-        None, ge=0, description="weight of the loss on the trained tokens; when not set 1, for text 0"
+    cross_entropy: float = Field(1.0, ge=0, description="weight of the loss on the trained tokens")
+    distillation: float = Field(
+        0.0, ge=0, description="weight of the divergence from the base model with its full cache, on the trained tokens"
     )
-    distillation: float | None = Field(
-        None, ge=0, description="weight of the divergence from the base model with its full cache, on the trained "
-        "tokens; when not set 0, for text 1",
-    )  # fmt: skip
     distillation_temperature: float = Field(1.0, gt=0, description="softens both distributions before comparing them")
     selection: float | None = Field(
         None, ge=0, description="weight of teaching the scores to keep what the base model, with its full cache, "
