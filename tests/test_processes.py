@@ -18,6 +18,7 @@ from train.command_line import explain
 from train.settings import load_settings
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+SCRIPT = ROOT / "launch" / "train.py"
 PORTS = iter(range(29700, 29800))
 FOUR_ROWS = "train.per_device_train_batch_size=4"
 STEPS = ["train.max_steps=4", "train.logging_steps=1", "train.save_strategy=no"]
@@ -45,13 +46,13 @@ def alone(workplace: Path, name: str, *overrides: str, exact: bool = False) -> P
     return workplace / name
 
 
-def together(workplace: Path, processes: int, name: str, *overrides: str) -> tuple[Path, str]:
+def together(workplace: Path, processes: int, name: str, *overrides: str, script=SCRIPT) -> tuple[Path, str]:
     """The same by the DeepSpeed launcher, and what it printed."""
     deepspeed = Path(sys.executable).with_name("deepspeed")
     if not deepspeed.is_file():
         pytest.skip("DeepSpeed is not installed")
     command = [str(deepspeed), "--num_gpus", str(processes), "--master_port", str(next(PORTS))]
-    command += [str(ROOT / "launch" / "train.py"), "--config", "run.yaml"]
+    command += [str(script), "--config", "run.yaml"]
     command += ["--set", f"train.output_dir={name}", *STEPS, *overrides]
     done = subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -154,3 +155,18 @@ def test_the_selection_is_taught_on_shared_rows(workplace):
     run, _ = together(workplace, 2, "taught-shared", *overrides, *SHARED)
     Expected(workplace, "taught", *overrides).assert_same(run)
     assert (logged(run, "selection") > 0).all()
+
+
+@pytest.mark.slow
+def test_a_teacher_under_zero_3(workplace):
+    """Processes with different numbers of trained tokens must gather the head equally often, or wait for ever."""
+    script = workplace / "few_logits.py"
+    script.write_text(
+        f"import runpy, sys\nsys.path[0] = {str(ROOT)!r}\n"
+        "from train import environment\nenvironment.prepare()\n"
+        "import train.objective\ntrain.objective.LOGITS = 4000\n"
+        f"sys.exit(runpy.run_path({str(SCRIPT)!r})['main']())\n"
+    )
+    overrides = ["objective.distillation=0.5", f"{ZERO}/zero3.json", "train.per_device_train_batch_size=2"]
+    run, _ = together(workplace, 2, "distilled-3", *overrides, script=script)
+    Expected(workplace, "distilled", overrides[0], FOUR_ROWS).assert_same(run)

@@ -8,11 +8,13 @@ Shapes: B batch, T tokens, R trained tokens of a batch, C hidden size, V vocabul
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -119,12 +121,20 @@ class Objective:
                 target = log_probabilities(teacher)
             return F.kl_div(log_probabilities(student), target, log_target=True, reduction="sum")
 
-        size = max(LOGITS // config.vocab_size, 1)
+        pieces = _most_of_any_process(math.ceil(len(states) / max(LOGITS // config.vocab_size, 1)), states.device)
         sums = [
             checkpoint(part, *pair, use_reentrant=False)
-            for pair in zip(states.split(size), self._teacher_states.split(size), strict=True)
+            for pair in zip(states.tensor_split(pieces), self._teacher_states.tensor_split(pieces), strict=True)
         ]
         return heat**2 * torch.stack(sums).sum()
+
+
+def _most_of_any_process(number: int, device: torch.device) -> int:
+    """The largest `number` of all processes, at least 1. Under ZeRO-3 every use of a layer is a meeting of all."""
+    most = torch.tensor(max(number, 1), device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def config_of_step(settings: ObjectiveSettings, lrsa: LRSAConfig, step: int, steps: int, seed: int) -> LRSAConfig:
