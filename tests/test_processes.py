@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +22,6 @@ from train.settings import load_settings
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 SCRIPT = ROOT / "launch" / "train.py"
-PORTS = iter(range(29700, 29800))
 FOUR_ROWS = "train.per_device_train_batch_size=4"
 STEPS = ["train.max_steps=4", "train.logging_steps=1", "train.save_strategy=no"]
 STEPS += ["objective.keep_ratios=[0.25]", "eval.control=false", "lora.lora_dropout=0"]
@@ -46,17 +48,31 @@ def alone(workplace: Path, name: str, *overrides: str, exact: bool = False) -> P
     return workplace / name
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def together(workplace: Path, processes: int, name: str, *overrides: str, script=SCRIPT) -> tuple[Path, str]:
     """The same by the DeepSpeed launcher, and what it printed."""
     deepspeed = Path(sys.executable).with_name("deepspeed")
     if not deepspeed.is_file():
         pytest.skip("DeepSpeed is not installed")
-    command = [str(deepspeed), "--num_gpus", str(processes), "--master_port", str(next(PORTS))]
+    command = [str(deepspeed), "--num_gpus", str(processes), "--master_port", str(free_port())]
     command += [str(script), "--config", "run.yaml"]
     command += ["--set", f"train.output_dir={name}", *STEPS, *overrides]
-    done = subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return workplace / name, done.stdout
+    started = subprocess.Popen(
+        command, cwd=workplace, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = started.communicate(timeout=400)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # nobody is left, as it should be
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 0, output
+    return workplace / name, output
 
 
 def logged(run: Path, name: str) -> torch.Tensor:
