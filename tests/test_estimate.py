@@ -42,7 +42,7 @@ QWEN_7B = Qwen2Config(
 )  # fmt: skip
 
 
-def trainer_of(directory, lrsa, checkpointing: bool, bf16: bool) -> LRSATrainer:
+def trainer_of(directory, lrsa, checkpointing: bool, bf16: bool, **objective) -> LRSATrainer:
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=4, hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=2,
@@ -62,7 +62,7 @@ def trainer_of(directory, lrsa, checkpointing: bool, bf16: bool) -> LRSATrainer:
         processing_class=AutoTokenizer.from_pretrained(ROOT / "data/tiny_base"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         lrsa=lrsa,
-        objective=ObjectiveSettings(),
+        objective=ObjectiveSettings(**({"cross_entropy": 1.0} | objective)),
     )
 
 
@@ -108,6 +108,19 @@ def test_the_tile_of_logits_is_part_of_the_prediction(tmp_path):
     assert found.allocated == pytest.approx(measured_bytes(trainer), rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["selection", "distillation"])
+def test_what_a_teacher_adds_is_predicted(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 256)
+    monkeypatch.setattr(memory_module, "LOGITS_TILE", (4096, 256))
+    trainer = trainer_of(tmp_path, LRSA, False, False, **{name: 1.0})
+    plan = Plan(
+        shape_of(trainer.model, 16), this_device(use_cpu=True), LRSA, TOKENS, bytes=4, checkpointing=False,
+        selection=name == "selection", distillation=name == "distillation",
+    )  # fmt: skip
+    predicted, alone = (predict_memory(p).allocated for p in (plan, dataclasses.replace(plan, **{name: False})))
+    assert predicted == pytest.approx(measured_bytes(trainer), rel=0.2) and predicted > alone
+
+
 def quickstart(*overrides: str):
     return load_settings("quickstart.yaml", ["train.per_device_train_batch_size=2", *overrides])
 
@@ -123,6 +136,8 @@ def test_pairs_are_those_that_are_counted(length):
     config = LRSAConfig(16, 512, 128)
     plan = Plan(shape_from_config(QWEN_7B, quickstart()), DEVICES["h100"], config, length)
     assert pairs(plan) == pytest.approx(counted_pairs(length, config), rel=0.02)
+    both = dataclasses.replace(plan, keep_ratios=(1.0, 0.25))
+    assert pairs(both) == pytest.approx((pairs(plan) + pairs(plan.dense())) / 2)
     skipping = dataclasses.replace(plan, lrsa=config.replace(skip_layers=(0,)))
     assert pairs(skipping, 0) == pairs(plan.dense()) > 2 * pairs(skipping, 1)
 
@@ -166,7 +181,7 @@ def test_time_falls_with_gpus_and_lrsa_beats_dense_by_less_than_its_pairs(large)
     assert ours.linear == dense.linear and 1 < dense.total / ours.total < pairs(plan.dense()) / pairs(plan)
     alone = predict_duration(dataclasses.replace(plan, gpus=4, sp_size=1))
     assert ours.attention == pytest.approx(alone.attention / 4) and ours.exchange > 0 == alone.exchange
-    taught = predict_duration(dataclasses.replace(plan, teacher=True))
+    taught = predict_duration(dataclasses.replace(plan, selection=True))
     assert ours.total + dense.total / 4.5 < taught.total < ours.total + dense.total, "one dense forward more"
 
 
@@ -195,7 +210,7 @@ def test_the_command_says_what_fits_and_what_to_change(qwen, tmp_path, capsys):
     numbers = json.loads((tmp_path / "plan.json").read_text())
     assert numbers["fits"] and numbers["plan"]["zero_stage"] == 2 and numbers["plan"]["bytes"] == 2
     assert 16 < numbers["lrsa"]["memory_gib"]["total"] < 79 and "It fits" in capsys.readouterr().out
-    assert numbers["lrsa"]["seconds"]["step"] < numbers["dense"]["seconds"]["step"]
+    assert numbers["lrsa"]["pairs"] < numbers["dense"]["pairs"]
     assert explain(lambda: estimate(options(sp_size=3))) == 2
     assert "sp_size must divide 8 devices" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lrsa import LRSAConfig
 from train.estimate.devices import GPUS_PER_NODE, LINK_EFFICIENCY, LRSA_EFFICIENCY
 from train.estimate.plan import Plan
 
@@ -65,8 +66,14 @@ def attention_flops(plan: Plan) -> float:
 
 
 def pairs(plan: Plan, layer: int = 0) -> float:
-    """Query-key pairs of one row and head."""
-    n, lrsa = plan.length, plan.lrsa and plan.lrsa.for_layer(layer)
+    """Query-key pairs of one row and head, as a mean over the keep ratios that are trained."""
+    if plan.lrsa is None:
+        return _pairs(plan.length, None)
+    configs = [plan.lrsa.with_keep_ratio(ratio) for ratio in plan.keep_ratios] or [plan.lrsa]
+    return sum(_pairs(plan.length, config.for_layer(layer)) for config in configs) / len(configs)
+
+
+def _pairs(n: int, lrsa: LRSAConfig | None) -> float:
     if lrsa is None or lrsa.top_k == lrsa.lag_size or n <= lrsa.dense_length:
         return n * (n + 1) / 2
     keep, lag, sink = lrsa.keep_ratio, lrsa.lag_size, lrsa.sink_size

@@ -16,11 +16,14 @@ from dataclasses import asdict, dataclass
 
 from train.estimate.plan import Plan
 from train.estimate.shape import ATTENTION, MLP
+from train.objective import LOGITS
 
 # TRL scores this many tokens against this many words at a time (trl.kernels.chunked_logprob, trl.trainer.utils).
 LOGITS_TILE = (4096, 32768)
 # What TRL's loss keeps beside a tile on a CPU, where no fused kernel exists: seven fp32 tiles and a mask.
 CPU_TILE_BYTES = 29
+# Bytes for each of the logits that distillation holds at once (train.objective), of teacher, student and gradient.
+DISTILLED_LOGIT_BYTES = 20
 # Assumptions: the CUDA context and libraries, and what fragmentation wastes of all that is allocated.
 CUDA_CONTEXT = 2**30
 FRAGMENTATION = 0.05
@@ -64,6 +67,8 @@ def predict_memory(plan: Plan) -> Memory:
         kept = layers * checkpoint
     else:
         again, kept = 0.0, layers * tokens * layer
+    if plan.selection:
+        kept += plan.shape.layers * tokens * 4 * plan.shape.kv_heads  # where the teacher looked
     parts = {
         "weights": _weights(plan),
         "adapter": _adapter(plan),
@@ -107,6 +112,8 @@ def _saved_by_layer(plan: Plan) -> tuple[float, float]:
         attention += 4 * (q + g)
     if plan.lrsa is not None:
         attention += 8 * s.kv_heads * plan.lrsa.keep_ratio  # positions of the kept tokens
+    if plan.selection:
+        attention += 16 * g  # keys and values in fp32, as they are and normalised, for the gradient of their scores
     mlp = norm + 3 * e * s.mlp + e * s.rank * len(s.targets & set(MLP))
     attention += _adapter_inputs(plan, ATTENTION)
     mlp += _adapter_inputs(plan, MLP)
@@ -150,5 +157,7 @@ def _loss(plan: Plan) -> float:
     tile = min(rows, plan.tokens) * columns * plan.bytes
     if plan.device.on_cpu:
         tile += min(rows, plan.tokens) * min(columns, plan.shape.vocabulary) * CPU_TILE_BYTES
+    if plan.distillation:
+        tile = max(tile, min(LOGITS, plan.tokens * plan.shape.vocabulary) * DISTILLED_LOGIT_BYTES)
     hidden = plan.tokens * plan.shape.hidden
     return max(tile + hidden * (8 + 2 * plan.bytes), hidden * (16 + plan.bytes))

@@ -29,7 +29,9 @@ class Plan:
         zero_stage: 0 without DeepSpeed; 2 splits the optimiser's state and the gradients, 3 the weights too.
         offload_optimizer, offload_weights: whether they live in the memory of the host.
         live: parameters that ZeRO-3 gathers ahead, at most.
-        teacher: whether each step also runs the base model with its full cache, without gradients.
+        selection, distillation: whether a step learns from these, for which the base model runs first, full cache, no
+            gradients.
+        keep_ratios: that steps are trained with, one drawn for each; that of `lrsa` alone when empty.
         steps: of the whole run, None when only the data tells.
     """
 
@@ -50,7 +52,9 @@ class Plan:
     offload_optimizer: bool = False
     offload_weights: bool = False
     live: int = 10**9
-    teacher: bool = False
+    selection: bool = False
+    distillation: bool = False
+    keep_ratios: tuple[float, ...] = ()
     steps: int | None = None
 
     @property
@@ -63,9 +67,14 @@ class Plan:
         """Rows that all devices together learn from in one step."""
         return self.batch * self.accumulation * self.gpus // self.sp_size
 
+    @property
+    def teacher(self) -> bool:
+        """Whether the base model runs in every step."""
+        return self.selection or self.distillation
+
     def dense(self) -> Plan:
         """The same run with dense attention, which learns from cross-entropy alone."""
-        return replace(self, lrsa=None, teacher=False)
+        return replace(self, lrsa=None, selection=False, distillation=False, keep_ratios=())
 
 
 def plan_run(
@@ -112,7 +121,9 @@ def plan_run(
         zero_stage=stage,
         offload_optimizer=_offloaded(zero, "offload_optimizer"),
         offload_weights=stage == 3 and _offloaded(zero, "offload_param"),
-        teacher=settings.objective.has_teacher,
+        selection=bool(settings.objective.selection),
+        distillation=bool(settings.objective.distillation),
+        keep_ratios=tuple(settings.objective.keep_ratios or ()),
         live=live if isinstance(live, (int, float)) else 10**9,
     )
     return replace(plan, steps=_steps(settings, plan.rows_per_step))

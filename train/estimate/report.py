@@ -64,9 +64,8 @@ def memory_line(plan: Plan) -> str:
     working = max(found.mlp, found.attention, found.loss)
     sizes = {"weights": found.weights, "adapter": found.adapter, "kept activations": found.kept, "at work": working}
     details = ", ".join(f"{name} {_gib(size)}" for name, size in sizes.items())
-    beyond = "; objective's distillation and selection come on top" if plan.teacher else ""
     share = f"about {_gib(found.total)} of {_gib(plan.device.memory)} GiB per device predicted"
-    return f"{share} ({details}, and a margin{beyond})"
+    return f"{share} ({details}, and a margin)"
 
 
 def time_line(plan: Plan) -> str | None:
@@ -139,9 +138,9 @@ def _assumptions(plan: Plan) -> str:
         f"Every row is taken as {plan.length} tokens long. LRSA attention: at most {ratio:.2f} times dense's speed."
     ]
     if plan.teacher:
-        lines.append(
-            "The memory of distillation and of the supervision of the selection comes on top: it is not predicted."
-        )
+        lines.append("Each step of LRSA also runs the base model with its full cache, the teacher; dense has none.")
+    if plan.keep_ratios:
+        lines.append(f"Steps draw keep ratios {', '.join(f'{r:g}' for r in plan.keep_ratios)}; times are their mean.")
     if device.flops is not None:
         what = "measured by a matrix product" if device.on_cpu else "of the data sheet"
         lines.append(
