@@ -5,35 +5,12 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import peak_bytes
-from lrsa import LRSAConfig, lrsa_attention, select_tokens
-from lrsa.attention import api, kernels, rectangles
+from lrsa import LRSAConfig, lrsa_attention
+from lrsa.attention import api, rectangles
 from lrsa.attention.documents import find_documents
-from lrsa.visibility import visible
-
-FAST = [name for name in api.IMPLEMENTATIONS if name != "reference"]
-CONFIGS = [LRSAConfig(*numbers) for numbers in ((4, 16, 2), (0, 8, 3), (3, 5, 5), (1, 7, 1), (16, 32, 8), (2, 1, 1))]
-
-
-def inputs(batch, heads, kv_heads, tokens, channels=8, dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    shapes = ((batch, heads), (batch, kv_heads), (batch, kv_heads), (batch, heads))
-    *states, grad = (torch.randn(*shape, tokens, channels, dtype=torch.float64).to(dtype) for shape in shapes)
-    return [x.requires_grad_() for x in states], grad
-
-
-def run(states, grad, config, **options):
-    """Output and gradients for query, key and value."""
-    out = lrsa_attention(*states, config, **options)
-    return [out.detach(), *torch.autograd.grad(out, states, grad)]
-
-
-def assert_equal(found, expected, atol=1e-12):
-    """fp64 sums of at most a few hundred terms of size 1: rounding stays far below 1e-12, any wrong key far above."""
-    for name, one, other in zip(("out", "dq", "dk", "dv"), found, expected, strict=False):
-        torch.testing.assert_close(one, other, atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+from tests.attention_cases import CONFIGS, FAST, assert_equal, inputs, run
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -151,58 +128,12 @@ def test_causal(impl, monkeypatch):
         true_pieces = rectangles.pieces
 
         def leaky(*args):
-            for first, piece in true_pieces(*args):
+            for piece in true_pieces(*args):
                 leaks = piece.compact and piece.rows == config.lag_size and piece.blocks > 1
-                yield first, piece._replace(columns=piece.columns + leaks * config.top_k)
+                yield piece._replace(columns=piece.columns + leaks * config.top_k)
 
         monkeypatch.setattr(rectangles, "pieces", leaky)
         assert any(earliest_change(config, impl, token) < token for token in range(119))
-
-
-@pytest.mark.parametrize(("square", "together"), [(64, 1024), (4, 20), (1, 1)])
-def test_every_pair_is_computed_once(square, together):
-    """The pieces cover exactly the pairs that the rule names: no pair twice, none wasted."""
-    for config in CONFIGS:
-        if config.top_k == config.lag_size:
-            continue
-        for length in (config.dense_length + 1, 100, 131):
-            found = torch.zeros(length, length, dtype=torch.long)
-            states = torch.randn(1, 1, length, 4)
-            index = select_tokens(states, states, config).index.flatten()
-            compact = torch.cat([torch.arange(config.sink_size), index])
-            for _, piece in rectangles.pieces(length, config, True, square, together):
-                for block in range(piece.blocks):
-                    rows = torch.arange(piece.rows) + piece.query + block * piece.step
-                    columns = torch.arange(piece.columns) + piece.key + block * piece.key_step
-                    columns = compact[columns] if piece.compact else columns
-                    ones = torch.ones(len(rows), len(columns), dtype=torch.long)
-                    found[rows[:, None], columns] += ones.tril() if piece.causal else ones
-            positions = torch.arange(length)
-            expected = visible(select_tokens(states, states, config), positions, length, config)
-            assert torch.equal(found, expected[0, 0].long())
-
-
-def test_open_kernels_equal_vendor_kernels():
-    """The kernels for devices and dtypes without flash, run here on the CPU."""
-    (query, key, value), grad = inputs(1, 4, 2, 24)
-    query, key, value = (x.detach() for x in (query, key, value))
-    for causal, keys in ((True, 24), (False, 11)):
-        args = (query, key[:, :, :keys], value[:, :, :keys])
-        out, lse = kernels.forward(*args, causal, 0.3)
-        assert_equal(kernels._plain_forward(*args, causal, 0.3), (out, lse))
-        vendor = kernels.backward(grad, *args, out, lse, causal, 0.3)
-        assert_equal(kernels._plain_backward(grad, *args, out, lse, causal, 0.3), vendor)
-
-
-def test_cuda_kernels_take_what_they_are_given():
-    """No GPU is needed to check names, order and shapes of the arguments; the numbers are for a machine with one."""
-    with FakeTensorMode():
-        query = torch.empty(3, 8, 24, 64, device="cuda", dtype=torch.bfloat16)
-        key = torch.empty(3, 2, 40, 64, device="cuda", dtype=torch.bfloat16)
-        out, lse = kernels.forward(query, key, key, False, 0.1)
-        assert (out.shape, lse.shape, lse.dtype) == (query.shape, query.shape[:3], torch.float32)
-        grads = kernels.backward(out, query, key, key, out, lse, False, 0.1)
-        assert [x.shape for x in grads] == [query.shape, key.shape, key.shape]
 
 
 def peak_of(tokens, impl):

@@ -6,30 +6,37 @@ Shapes: B batch, H query heads, G KV heads, T queries, S keys, D head dim.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 aten = torch.ops.aten
 
 
-def sizes(device: str) -> tuple[int, int]:
-    """What suits the kernels of a device: the largest causal square to leave whole, and tokens to compute at once.
+def sizes(device: str) -> tuple[int, int, bool]:
+    """What suits the kernels of a device: the queries of a window to take at once, the tokens of windows to compute at
+    once, and whether a mask costs less than a call.
 
-    The CPU kernel computes causal squares of up to 512 in full and works best on what fits its caches. A GPU skips what
-    causality hides in blocks of 128, and wants large calls.
+    The CPU kernel computes what a mask hides, works best on what fits its caches, and is slow on few keys. A GPU skips
+    what causality hides in blocks of 128, and wants large calls.
     """
-    return (64, 1024) if device == "cpu" else (2**30, 2**30)
+    return (64, 1024, True) if device == "cpu" else (2**30, 2**30, False)
 
 
 def forward(query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend `[B, H, T, D]` over `[B, G, S, D]`: output like the query, log-sum-exp `[B, H, T]`, fp32 or fp64.
 
-    `causal` is for square pieces only, where all vendors agree on what it means.
+    With `causal`, the last `T` keys are the queries' own and none sees a later one. On a GPU such a piece has to be
+    square: vendors disagree on what causality means elsewhere.
     """
     if _is_plain(query):
         return _plain_forward(query, key, value, causal, scale)
     if query.device.type == "cpu":
-        query, key, value = _exact_when_small(query, key, value, columns=key.shape[2])
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+        query, key, value = _exact_where_faster(query, key, value, columns=key.shape[2])
+        mask = _mask(query.shape[2], key.shape[2], query.dtype) if causal else None
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=mask, scale=scale
+        )
     out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
     return out, lse
 
@@ -39,9 +46,10 @@ def backward(grad, query, key, value, out, lse, causal: bool, scale: float) -> t
     if _is_plain(query):
         return _plain_backward(grad, query, key, value, out, lse, causal, scale)
     if query.device.type == "cpu":
-        grad, query, key, value, out = _exact_when_small(grad, query, key, value, out, columns=key.shape[2])
+        grad, query, key, value, out = _exact_where_faster(grad, query, key, value, out, columns=key.shape[2])
+        mask = _mask(query.shape[2], key.shape[2], query.dtype) if causal else None
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, lse, 0.0, causal, scale=scale
+            grad, query, key, value, out, lse, 0.0, False, attn_mask=mask, scale=scale
         )
     state = query.new_empty(2, dtype=torch.uint64)  # of dropout's random numbers; there is none
     return aten._scaled_dot_product_flash_attention_backward(
@@ -50,10 +58,18 @@ def backward(grad, query, key, value, out, lse, causal: bool, scale: float) -> t
     )  # fmt: skip
 
 
-def _exact_when_small(*states: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
-    """Half precision as fp32 for small pieces, where the CPU kernel is several times slower in half precision."""
+@lru_cache(16)
+def _mask(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[rows, columns]` to add to scores: the last `rows` keys are the queries' own, and none sees a later one."""
+    return torch.full((rows, columns), float("-inf"), dtype=dtype).triu(1 + columns - rows)
+
+
+def _exact_where_faster(*states: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
+    """Half precision as fp32 where the CPU kernel is several times slower in half precision: for small pieces, and for
+    all on a CPU without AVX-512."""
     half = states[0].dtype in (torch.float16, torch.bfloat16)
-    return tuple(x.float() for x in states) if half and columns < 512 else states
+    slow = columns < 512 or torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return tuple(x.float() for x in states) if half and slow else states
 
 
 def _is_plain(query: torch.Tensor) -> bool:
@@ -86,6 +102,5 @@ def _scores(query, key, causal, scale):
     batch, kv_heads = key.shape[:2]
     scores = query.reshape(batch, kv_heads, -1, *query.shape[2:]) @ key[:, :, None].transpose(-1, -2) * scale
     if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, float("-inf"))
+        scores = scores + _mask(*scores.shape[-2:], scores.dtype).to(scores.device)
     return scores

@@ -62,11 +62,11 @@ def _attend(
     rows, states = _flat(query), _states(key, value, index, config)
     exact = torch.promote_types(query.dtype, torch.float32)
     out, lse = _token_major(rows, exact), _token_major(rows[..., :1], exact)
-    for first, piece, before in _plan(rows, states, config):
+    for piece, before in _plan(rows, states, config):
         piece_out, piece_lse = kernels.forward(*_take(piece, before, rows, states), piece.causal, scale)
         piece_lse = piece_lse.unsqueeze(-1)
         out_part, lse_part = (_queries(x, piece, before) for x in (out, lse))
-        if first:
+        if piece.causal:  # the first of its queries
             out_part.copy_(piece_out)
             lse_part.copy_(piece_lse)
         else:
@@ -100,19 +100,18 @@ def _attend_backward(
         source: [torch.zeros_like(x, dtype=exact, memory_format=torch.contiguous_format) for x in states[source]]
         for source in states
     }
-    for first, piece, before in _plan(rows, states, config):
+    for piece, before in _plan(rows, states, config):
         grad_part, out_part, lse_part, total = (_queries(x, piece, before) for x in (grad, out, lse, grad_rows))
         taken = _take(piece, before, rows, states)
         grad_query, *grad_states = kernels.backward(
             grad_part, *taken, out_part, lse_part.squeeze(-1), piece.causal, scale
         )
-        if first:
+        if piece.causal:  # the first of its queries
             total.copy_(grad_query)
         else:
             total += grad_query
         for total, found in zip(grads[piece.compact], grad_states, strict=True):
-            part = _keys(total, piece)
-            part += found
+            _add_keys(total, found, piece)
     for total, compact in zip(grads[False], grads[True], strict=True):
         _scatter(total, compact, index, config)
     grad_key, grad_value = (x.to(key.dtype).view(key.shape) for x in grads[False])
@@ -153,13 +152,12 @@ def _numbers(config: LRSAConfig) -> tuple[int, int, int, float, str]:
     return config.sink_size, config.lag_size, config.top_k, config.value_weight, config.score
 
 
-def _plan(rows: torch.Tensor, states: dict, config: LRSAConfig) -> Iterator[tuple[bool, Piece, int]]:
+def _plan(rows: torch.Tensor, states: dict, config: LRSAConfig) -> Iterator[tuple[Piece, int]]:
     """The pieces of a row, and how many of its tokens come before the first query."""
     length = states[False][0].shape[2]
     before = length - rows.shape[2]
-    square, together = kernels.sizes(rows.device.type)
-    for first, piece in pieces(length, config, before == 0, square, together):
-        yield first, piece, before
+    for piece in pieces(length, config, before == 0, *kernels.sizes(rows.device.type)):
+        yield piece, before
 
 
 def _take(piece: Piece, before: int, rows: torch.Tensor, states: dict) -> list[torch.Tensor]:
@@ -173,6 +171,15 @@ def _queries(states: torch.Tensor, piece: Piece, before: int) -> torch.Tensor:
 
 def _keys(states: torch.Tensor, piece: Piece) -> torch.Tensor:
     return _blocks(states, piece.key, piece.columns, piece.blocks, piece.key_step)
+
+
+def _add_keys(total: torch.Tensor, found: torch.Tensor, piece: Piece) -> None:
+    """Add what the blocks of a piece found for their keys; overlapping blocks are added part by part."""
+    part = min(piece.key_step, piece.columns) if piece.blocks > 1 else piece.columns
+    for start in range(0, piece.columns, part):
+        tokens = min(part, piece.columns - start)
+        place = _blocks(total, piece.key + start, tokens, piece.blocks, piece.key_step)
+        place += found[:, :, start : start + tokens]
 
 
 def _blocks(states: torch.Tensor, start: int, tokens: int, blocks: int, step: int) -> torch.Tensor:
