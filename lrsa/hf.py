@@ -66,7 +66,7 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
     for module_config in _configs(base):
         module_config.lrsa = config
     text = base.config.get_text_config()
-    if all(_declared_window(text, layer) for layer in range(layers)):
+    if layers and not compressed_layers(base, config.replace(skip_layers=())):
         logger.warning(
             "lrsa will compress nothing: every layer of %s slides over its last %d tokens. Load the model with "
             "sliding_window=None to let it attend to everything, which LRSA then compresses.",
@@ -74,6 +74,13 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
             text.sliding_window,
         )
     return model
+
+
+def compressed_layers(model: PreTrainedModel, config: LRSAConfig) -> list[int]:
+    """Indices of the layers whose attention LRSA replaces: those that do not slide and are not in `skip_layers`."""
+    text = _transformers_model(model).config.get_text_config()
+    layers = range(text.num_hidden_layers)
+    return [layer for layer in layers if layer not in config.skip_layers and not _declared_window(text, layer)]
 
 
 def remove_lrsa(model: PreTrainedModel) -> PreTrainedModel:

@@ -48,7 +48,10 @@ def load(source: str | Path, config: LRSAConfig | None = None, **model_options) 
 
         refuse_pickle(source)
         config = LRSAConfig.from_pretrained(source) if config is None else config
-        base_name = PeftConfig.from_pretrained(source).base_model_name_or_path
+        peft_config = PeftConfig.from_pretrained(source)
+        base_name = peft_config.base_model_name_or_path
+        if peft_config.revision:  # of the base that the adapter was trained on
+            options = {"revision": peft_config.revision} | options
         model = AutoModelForCausalLM.from_pretrained(base_name, **options)
         model = PeftModel.from_pretrained(model, source)
     else:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig
 
 from lrsa import LRSAConfig, apply_lrsa
-from train.objective import Objective, config_of_step
+from train.objective import Objective, config_of_step, objective_problems
 from train.sections import ObjectiveSettings
 from train.trainer import LRSATrainer
 
@@ -157,3 +157,41 @@ def test_keep_ratios_of_steps():
         "a resumed run draws the same"
     )
     assert found != [config_of_step(draw, LRSA, step, 6, 1).top_k for step in range(200)]
+
+
+def test_layers_that_are_taught():
+    """A sliding or skipped layer has no selection: it neither weakens the others' supervision nor can it be named."""
+    kinds = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, sliding_window=20, use_sliding_window=True,
+            layer_types=kinds,
+        )
+    )  # fmt: skip
+    config = LRSA.replace(skip_layers=(2,))
+    inputs = {"labels": torch.ones(1, 60, dtype=torch.long)}
+    assert Objective(ALL, config, model, dict(inputs)).supervision.layers == [1, 3]
+    taught = Objective(ALL, LRSA, apply_lrsa(model, LRSA), dict(inputs)).supervision
+    ids = torch.randint(3, 80, (1, 60))
+    with taught.record(), torch.no_grad():
+        model(ids, lrsa_supervision=taught, use_cache=False)
+    model(ids, lrsa_supervision=taught, use_cache=False)
+    assert sorted(taught.losses) == taught.layers == [1, 2, 3]
+    some = ObjectiveSettings(selection=1.0, selection_layers=[3])
+    assert Objective(some, config, model, dict(inputs)).supervision.layers == [3]
+    assert objective_problems(some, config, model) == []
+    (problem,) = objective_problems(ObjectiveSettings(selection=1.0, selection_layers=[0, 2, 3]), config, model)
+    assert "must name layers that LRSA compresses, which are [1, 3], got [0, 2]" in str(problem)
+    (problem,) = objective_problems(ObjectiveSettings(selection=1.0), LRSA.replace(skip_layers=(1, 2, 3)), model)
+    assert "compresses no layer of this model" in str(problem)
+
+
+def test_evaluation_uses_the_trained_settings(tmp_path, byte_tokenizer):
+    """Whatever keep ratio the last step drew, the same weights have the same loss."""
+    built = trainer(tmp_path, byte_tokenizer, eval_strategy="no", per_device_eval_batch_size=4)
+    losses = []
+    for top_k in (LRSA.lag_size, LRSA.top_k, 1):
+        apply_lrsa(built.model, LRSA.replace(top_k=top_k))
+        losses.append(built.evaluate(rows())["eval_loss"])
+    assert losses[0] == losses[1] == losses[2]

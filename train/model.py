@@ -58,9 +58,9 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
     return _load(AutoConfig, settings)
 
 
-def lora_config(settings: LoraSettings) -> LoraConfig:
-    """PEFT's configuration of the adapter."""
-    return LoraConfig(**settings.model_dump(), task_type="CAUSAL_LM")
+def lora_config(settings: LoraSettings, revision: str | None = None) -> LoraConfig:
+    """PEFT's configuration of the adapter; `revision` is the base model's."""
+    return LoraConfig(**settings.model_dump(), task_type="CAUSAL_LM", revision=revision)
 
 
 def _load(auto_class: type, settings: ModelSettings, **options):

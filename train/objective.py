@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lrsa import LRSAConfig, SelectionSupervision, apply_lrsa
+from lrsa.hf import compressed_layers
 from train.problems import Problem
 from train.sections import ObjectiveSettings
 
@@ -48,12 +49,11 @@ class Objective:
         self.trained = following != -100  # of the token behind each
         self.supervision = None
         if settings.selection:
-            count = model.config.get_text_config().num_hidden_layers
-            layers = range(count) if settings.selection_layers is None else settings.selection_layers
+            layers, chosen = compressed_layers(model, lrsa), settings.selection_layers
             self.supervision = SelectionSupervision(
                 lrsa,
                 self.trained if asked is None else asked,  # the token before a trained one asks for it
-                [layer for layer in layers if layer not in lrsa.skip_layers],
+                layers if chosen is None else [layer for layer in layers if layer in chosen],
                 weight=settings.selection * share,
                 temperature=settings.selection_temperature,
                 queries=settings.selection_queries,
@@ -152,7 +152,7 @@ def config_of_step(settings: ObjectiveSettings, lrsa: LRSAConfig, step: int, ste
     return lrsa.with_keep_ratio(random.Random(f"{seed} {step}").choice(ratios))
 
 
-def objective_problems(settings: ObjectiveSettings, model) -> list[Problem]:
+def objective_problems(settings: ObjectiveSettings, lrsa: LRSAConfig, model) -> list[Problem]:
     """What of the objective this model cannot do."""
     config, problems = model.config.get_text_config(), []
     scales = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
@@ -162,10 +162,14 @@ def objective_problems(settings: ObjectiveSettings, model) -> list[Problem]:
             f"{settings.distillation:g} cannot be used: the model scales its logits ({', '.join(scaled)}); set it to 0"
         )
         problems.append(Problem("", "objective.distillation", text))
-    beyond = [layer for layer in settings.selection_layers or () if layer >= config.num_hidden_layers]
-    if beyond:
-        text = f"must name layers from 0 to {config.num_hidden_layers - 1}, got {beyond}"
+    layers = compressed_layers(model, lrsa)
+    other = [layer for layer in settings.selection_layers or () if layer not in layers]
+    if other:
+        text = f"must name layers that LRSA compresses, which are {layers}, got {other}"
         problems.append(Problem("", "objective.selection_layers", text))
+    if settings.selection and not layers:
+        text = f"{settings.selection:g} cannot be used: LRSA compresses no layer of this model; set it to 0"
+        problems.append(Problem("", "objective.selection", text))
     return problems
 
 

@@ -139,7 +139,7 @@ def train_adapter(
 def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokenizer, lrsa) -> LRSATrainer:
     """Base model with its attention set, LoRA and trainer; what the libraries object to is told as a mistake."""
     model = load_model(settings.model)
-    if lrsa is not None and (problems := objective_problems(settings.objective, model)):
+    if lrsa is not None and (problems := objective_problems(settings.objective, lrsa, model)):
         raise SettingsError(problems)
     try:
         model = remove_lrsa(model) if lrsa is None else apply_lrsa(model, lrsa)
@@ -155,7 +155,7 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
             train_dataset=corpus.train,
             eval_dataset=None if args.eval_strategy == "no" else _loss_rows(corpus.evaluation),
             processing_class=tokenizer,
-            peft_config=lora_config(settings.lora),
+            peft_config=lora_config(settings.lora, settings.model.revision),
             lrsa=lrsa,
             objective=settings.objective,
         )

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from lrsa import LRSAConfig
+from lrsa import LRSAConfig, apply_lrsa
 from train.checkpoints import replace_text
 from train.objective import Objective, config_of_step
 from train.resumable import ResumableTrainer
@@ -37,6 +37,8 @@ class LRSATrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.model.training:
+            if self.lrsa is not None:  # not what the last step happened to draw
+                apply_lrsa(self.model, self.lrsa)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.lrsa is None:
             self._count_kept(inputs, None)

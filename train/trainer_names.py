@@ -26,6 +26,18 @@ OWNED_ELSEWHERE = {
     "fsdp": "use train.deepspeed",
     "fsdp_config": "use train.deepspeed",
     "local_rank": "the launcher passes it",
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_token",
+            "hub_private_repo",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        "launch/publish.py sends a finished run, checked and without paths of this machine",
+    ),
     "do_train": "launch/train.py always trains",
     "do_eval": "set eval.enabled",
     "do_predict": "set eval.enabled",
