@@ -4,7 +4,8 @@
   python launch/experiment.py --config configs/experiments/retrieval.yaml --jobs 2     # two runs at a time
 
 The same command once more goes on where it was stopped: finished runs are kept. The experiment's output_dir then holds
-one folder per arm and seed, experiment.md (the table), experiment.png and experiment.json (every row's score).
+one folder per arm and seed, experiment.md (the table), experiment.png and experiment.json (every row's score); with
+curve_rows also curves.png and curves.json, made of the checkpoints that the runs kept.
 """
 
 from __future__ import annotations
@@ -39,13 +40,21 @@ def main() -> int:
 
     def job() -> None:
         from train import experiment, experiment_report
+        from train.experiment_scores import Scores
 
         settings = experiment.load_experiment(options.config, options.set)
         experiment.train_arms(settings, options.jobs)
+        scores = Scores(settings)
         found: dict[str, list] = {}
-        for arm, _, results in experiment.evaluate_arms(settings):
+        for arm, seed, results in scores.arms():
             found.setdefault(arm, []).append(results)
+            print(f"measured: {arm}" + ("" if seed is None else f", seed {seed}"), flush=True)
         path = experiment_report.save(settings, found)
+        curves: dict[str, dict[int, list]] = {}
+        for arm, _, step, results in scores.checkpoints():
+            curves.setdefault(arm, {}).setdefault(step, []).append(results)
+        if curves:
+            print(f"learning curves: {experiment_report.save_curves(settings, curves)}")
         print(path.read_text(encoding="utf-8"))
         print(f"table: {path}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
@@ -19,7 +20,11 @@ ARMS = {
 }
 EXPERIMENT = {
     "config": "run.yaml", "output_dir": "runs/compared", "seeds": [3], "arms": ARMS, "versus": "dense",
-    "settings": ["train.max_steps=2", "train.disable_tqdm=true", "eval.enabled=true"], "controls": ["recent"],
+    "settings": [
+        "train.max_steps=2", "train.disable_tqdm=true", "eval.enabled=true",
+        "train.save_strategy=steps", "train.save_steps=1",
+    ],
+    "controls": ["recent"], "curve_rows": 3,
 }  # fmt: skip
 
 
@@ -46,6 +51,12 @@ def test_arms_are_trained_once_and_compared_row_by_row(workplace):
     assert scores["base"][0] == scores["base, recent"][0], "the full cache is the same however tokens are chosen"
     assert scores["base"][-1] != scores["base, recent"][-1] and scores["default"] != scores["dense"]
     assert (directory / "experiment.png").stat().st_size > 5000
+    curves = json.loads((directory / "curves.json").read_text())["scores"]
+    assert list(curves) == list(ARMS) and list(curves["default"]["full"]) == ["0", "1", "2"]
+    assert curves["default"]["full"]["0"] == curves["dense"]["full"]["0"] != curves["default"]["full"]["2"]
+    assert curves["default"]["full"]["1"] != curves["default"]["full"]["2"]
+    assert curves["default"]["full"]["0"] == pytest.approx(np.mean(scores["base"][0][:3]), abs=1e-9)
+    assert (directory / "curves.png").stat().st_size > 5000
 
     adapters["dense"].unlink()
     assert launch(workplace, *command).returncode == 0
@@ -77,6 +88,13 @@ def test_mistakes_are_told_before_anything_is_trained(workplace, change, message
     with pytest.raises(SettingsError) as error:
         load_experiment("compare.yaml")
     assert message in str(error.value)
+
+
+def test_an_arm_written_twice_is_told_with_its_line(workplace):
+    text = (workplace / "compare.yaml").read_text()
+    (workplace / "compare.yaml").write_text(text.replace("arms:\n", "arms:\n  dense: [lora.r=2]\n"))
+    with pytest.raises(SettingsError, match=r"compare.yaml:\d+ arms.dense: written twice, first on line \d+; keep one"):
+        load_experiment("compare.yaml")
 
 
 def test_settings_of_an_arm(workplace):

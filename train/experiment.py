@@ -1,8 +1,7 @@
-"""Arms x seeds of one configuration: trains what is missing, then measures everything on the same rows.
+"""Arms x seeds of one configuration: reads and checks what to compare, and trains what is missing.
 
 An arm is a list of settings that differ. Every arm and seed is an ordinary run of launch/train.py in its own folder, so
-that an experiment goes on where it was stopped. Scores are means over seeds of each row's score; intervals and paired
-differences are over rows, and the spread over seeds is shown beside them.
+that an experiment goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -11,22 +10,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm.auto import tqdm
 
-import data
 from lrsa.config import SCORES
-from lrsa.evaluation import Results, Variant, compare
+from train import yaml_lines
 from train.adapter import ADAPTER_NAME
-from train.evaluation import BASE, TASKS
-from train.model import load_model, load_tokenizer
 from train.problems import Problem, SettingsError
 from train.settings import RunSettings, load_settings
 from train.wording import in_words
@@ -51,6 +44,12 @@ class Experiment(BaseModel):
     controls: list[str] = Field(
         ["recent", "random"], description="other ways to choose the kept tokens, measured on the base model"
     )
+    curve_rows: int = Field(
+        0,
+        ge=0,
+        description="rows on which the checkpoints of all runs are measured too, for learning curves; train.save_steps "
+        "and train.save_total_limit say which there are; 0: no curves",
+    )
 
 
 def load_experiment(path: str, more: list[str] | None = None) -> Experiment:
@@ -60,11 +59,13 @@ def load_experiment(path: str, more: list[str] | None = None) -> Experiment:
         SettingsError: listing every problem.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        experiment = Experiment.model_validate(values, strict=True)
+        text = yaml_lines.parse(Path(path).read_text(encoding="utf-8"))
+        if text.problems:
+            raise SettingsError(Problem(f"{path}:{n}", ".".join(map(str, at)), why) for n, at, why in text.problems)
+        experiment = Experiment.model_validate(text.values, strict=True)
         experiment = experiment.model_copy(update={"settings": [*experiment.settings, *(more or [])]})
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError([Problem("--config", path, f"cannot be read as YAML: {error}")]) from error
+    except OSError as error:
+        raise SettingsError([Problem("--config", path, f"cannot be read: {error.strerror}")]) from error
     except ValidationError as error:
         found = [Problem(path, ".".join(map(str, e["loc"])), in_words(e, Experiment)) for e in error.errors()]
         raise SettingsError(found) from error
@@ -132,38 +133,6 @@ def train_arms(experiment: Experiment, jobs: int) -> None:
             bar.update()
     if problems:
         raise SettingsError(problems)
-
-
-def evaluate_arms(experiment: Experiment) -> Iterator[tuple[str, int | None, Results]]:
-    """Measure base, controls and every adapter on the same rows: `(arm, seed or None, results)` of each."""
-    settings = settings_of(experiment, experiment.versus, experiment.seeds[0])
-    main = load_settings(experiment.config, experiment.settings)
-    tokenizer = load_tokenizer(settings.model)
-    corpus = data.load(main.data, tokenizer, experiment.evaluation_seed, main.lrsa.dense_length)
-    rows = corpus.evaluation[: main.eval.rows]
-
-    def measure(models, lrsa=main.lrsa, ratios=main.eval.keep_ratios) -> Results:
-        return compare(
-            models, tokenizer, rows, TASKS[main.data.kind], lrsa, ratios,
-            batch_size=main.eval.batch_size, max_new_tokens=main.eval.max_new_tokens, seed=experiment.evaluation_seed,
-        )  # fmt: skip
-
-    base = load_model(settings.model)
-    yield BASE, None, measure({BASE: base})
-    for score in experiment.controls:
-        yield f"{BASE}, {score}", None, measure({BASE: base}, main.lrsa.replace(score=score), ())
-    model = None
-    for arm in experiment.arms:
-        lrsa = main.lrsa.replace(score=settings_of(experiment, arm, 0).lrsa.score)
-        for seed in experiment.seeds:
-            directory, name = str(run_directory(experiment, arm, seed)), f"{arm}-{seed}"
-            if model is None:
-                model = PeftModel.from_pretrained(base, directory, adapter_name=name).eval()
-            else:
-                model.load_adapter(directory, adapter_name=name)
-            yield arm, seed, measure({arm: Variant(model, name)}, lrsa)
-            if len(model.peft_config) > 1:
-                model.delete_adapter(name)
 
 
 def training_seconds(directory: Path) -> float | None:

@@ -1,4 +1,8 @@
-"""The outcome of an experiment as a table and a picture: every arm at every keep ratio, over all seeds."""
+"""The outcome of an experiment as a table and pictures: every arm at every keep ratio, and after every so many steps.
+
+Scores are means over seeds of each row's score; intervals and paired differences are over rows, and the spread over
+seeds is shown beside them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from train.evaluation import BASE
 from train.experiment import Experiment, run_directory, training_seconds
 
 Found = dict[str, list[Results]]  # arm -> results of its seeds
+Curves = dict[str, dict[int, list[Results]]]  # arm -> step -> results of its seeds; the base has step 0 alone
 
 
 def mean_score(results: Sequence[Results], setting: str) -> Score | None:
@@ -95,3 +100,36 @@ def save(experiment: Experiment, found: Found) -> Path:
     (directory / "experiment.json").write_text(json.dumps(values, default=str) + "\n", encoding="utf-8")
     draw(experiment, found, directory / "experiment.png")
     return directory / "experiment.md"
+
+
+def save_curves(experiment: Experiment, curves: Curves) -> Path:
+    """Write `curves.json` and `curves.png`: score against step, with the compressed and with the full cache."""
+    from matplotlib.figure import Figure
+
+    names = [setting.name for setting in curves[BASE][0][0].settings][::-1]
+    arms = [arm for arm in curves if arm != BASE]
+    lines = {
+        arm: {
+            name: {step: mean_score(found, name).value for step, found in (curves[BASE] | curves[arm]).items()}
+            for name in names
+        }
+        for arm in arms
+    }
+    directory = Path(experiment.output_dir)
+    values = {"experiment": experiment.model_dump(), "rows": experiment.curve_rows, "scores": lines}
+    (directory / "curves.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+        for number, arm in enumerate(arms):
+            axes.plot(
+                *zip(*sorted(lines[arm][name].items()), strict=True),
+                label=arm if name == names[0] else None, marker="osD^vPX*"[number % 8], markersize=4,
+                linestyle="--" if arm == experiment.versus else "-", color=f"C{number}",
+            )  # fmt: skip
+        axes.set_title("full cache" if name == "full" else f"keep {name}", fontsize=10)
+        axes.set_xlabel("training steps")
+        axes.grid(axis="y", color="#e4e4e4")
+    figure.axes[0].set_ylabel(curves[BASE][0][0].metrics[0])
+    figure.legend(frameon=False, loc="outside upper center", ncols=4, fontsize=9)
+    figure.savefig(directory / "curves.png", dpi=150)
+    return directory / "curves.png"
