@@ -6,21 +6,21 @@ Shapes: B batch, H query heads, G KV heads, T queries, S keys, D head dim.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 aten = torch.ops.aten
 
 
-def sizes(device: str) -> tuple[int, int, bool]:
-    """What suits the kernels of a device: the queries of a window to take at once, the tokens of windows to compute at
-    once, and whether a mask costs less than a call.
+def sizes(query: torch.Tensor) -> tuple[int, int, bool]:
+    """What suits the kernels for these queries: how many of a window to take at once, the tokens of windows to compute
+    at once, and whether a mask costs less than a call.
 
-    The CPU kernel computes what a mask hides, works best on what fits its caches, and is slow on few keys. A GPU skips
-    what causality hides in blocks of 128, and wants large calls.
+    The CPU kernel computes what a mask hides, works best on what fits its caches, and is slow on few keys; attention in
+    the open needs memory for every pair of a piece. Flash on a GPU skips what causality hides in blocks of 128, and
+    wants large calls.
     """
-    return (64, 1024, True) if device == "cpu" else (2**30, 2**30, False)
+    small = query.device.type == "cpu" or _is_plain(query)
+    return (64, 1024, True) if small else (2**30, 2**30, False)
 
 
 def forward(query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,9 +33,8 @@ def forward(query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor
         return _plain_forward(query, key, value, causal, scale)
     if query.device.type == "cpu":
         query, key, value = _exact_where_faster(query, key, value, columns=key.shape[2])
-        mask = _mask(query.shape[2], key.shape[2], query.dtype) if causal else None
         return aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=scale
+            query, key, value, 0.0, False, attn_mask=_mask(query, key, causal), scale=scale
         )
     out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
     return out, lse
@@ -47,9 +46,8 @@ def backward(grad, query, key, value, out, lse, causal: bool, scale: float) -> t
         return _plain_backward(grad, query, key, value, out, lse, causal, scale)
     if query.device.type == "cpu":
         grad, query, key, value, out = _exact_where_faster(grad, query, key, value, out, columns=key.shape[2])
-        mask = _mask(query.shape[2], key.shape[2], query.dtype) if causal else None
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, lse, 0.0, False, attn_mask=mask, scale=scale
+            grad, query, key, value, out, lse, 0.0, False, attn_mask=_mask(query, key, causal), scale=scale
         )
     state = query.new_empty(2, dtype=torch.uint64)  # of dropout's random numbers; there is none
     return aten._scaled_dot_product_flash_attention_backward(
@@ -58,10 +56,12 @@ def backward(grad, query, key, value, out, lse, causal: bool, scale: float) -> t
     )  # fmt: skip
 
 
-@lru_cache(16)
-def _mask(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """`[rows, columns]` to add to scores: the last `rows` keys are the queries' own, and none sees a later one."""
-    return torch.full((rows, columns), float("-inf"), dtype=dtype).triu(1 + columns - rows)
+def _mask(query: torch.Tensor, key: torch.Tensor, causal: bool) -> torch.Tensor | None:
+    """`[T, S]` to add to scores: the last `T` keys are the queries' own, and none sees a later one."""
+    if not causal:
+        return None
+    rows, columns = query.shape[2], key.shape[2]
+    return query.new_full((rows, columns), float("-inf")).triu(1 + columns - rows)
 
 
 def _exact_where_faster(*states: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
@@ -102,5 +102,5 @@ def _scores(query, key, causal, scale):
     batch, kv_heads = key.shape[:2]
     scores = query.reshape(batch, kv_heads, -1, *query.shape[2:]) @ key[:, :, None].transpose(-1, -2) * scale
     if causal:
-        scores = scores + _mask(*scores.shape[-2:], scores.dtype).to(scores.device)
+        scores = scores + _mask(query, key, causal)
     return scores

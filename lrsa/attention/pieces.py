@@ -1,4 +1,4 @@
-"""The visible pairs of a row as rectangles and causal squares, none of them computed twice, none in vain.
+"""The visible pairs of a row as rectangles and pieces along the diagonal, every pair in exactly one of them.
 
                  sink, kept 0 .. p-2     window p-1     window p
     window p          all                    all          causal

@@ -1,8 +1,9 @@
-"""Sparse attention as plain pieces without any mask: nothing is computed that the rule does not ask for.
+"""Sparse attention as pieces that vendors' dense kernels compute, each visible pair in exactly one of them.
 
-`lrsa.attention.pieces` cuts a row into rectangles and causal squares. Here they are computed one after the other and
-merged by their log-sum-exp. The backward calls each piece's own backward with the merged output and log-sum-exp, as
-PyTorch's context parallelism does. Nothing of size `T x T` exists, and no gradient flows through the selection.
+`lrsa.attention.pieces` cuts a row into rectangles and pieces along the diagonal. Here they are computed one after the
+other and merged by their log-sum-exp. The backward calls each piece's own backward with the merged output and
+log-sum-exp, as PyTorch's context parallelism does. Nothing of size `T x T` exists, and no gradient flows through the
+selection.
 
 Shapes: B batch, H query heads, G KV heads, T query tokens, S key tokens, C kept tokens and sink, D head dim.
 """
@@ -156,7 +157,7 @@ def _plan(rows: torch.Tensor, states: dict, config: LRSAConfig) -> Iterator[tupl
     """The pieces of a row, and how many of its tokens come before the first query."""
     length = states[False][0].shape[2]
     before = length - rows.shape[2]
-    for piece in pieces(length, config, before == 0, *kernels.sizes(rows.device.type)):
+    for piece in pieces(length, config, before == 0, *kernels.sizes(rows)):
         yield piece, before
 
 
