@@ -47,10 +47,18 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
         The same model.
 
     Raises:
-        ValueError: when the model's class fixes its attention, or `skip_layers` names a layer it does not have.
+        ValueError: when the model's class fixes its attention, some of its layers are of another kind (recurrent,
+            convolution, chunked, ...), or `skip_layers` names a layer it does not have.
     """
     base = _transformers_model(model)
-    layers = base.config.get_text_config().num_hidden_layers
+    text = base.config.get_text_config()
+    layers = text.num_hidden_layers
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if other:
+        raise ValueError(
+            f"lrsa does not support {type(base).__name__}: it has layers of {', '.join(other)}, which neither its "
+            "attention nor its cache can hold. Full attention and sliding windows are supported."
+        )
     missing = [layer for layer in config.skip_layers if layer >= layers]
     if missing:
         raise ValueError(f"skip_layers must name layers from 0 to {layers - 1}, got {missing}: the model has {layers}.")
@@ -65,7 +73,6 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
         base._attention_before_lrsa = previous
     for module_config in _configs(base):
         module_config.lrsa = config
-    text = base.config.get_text_config()
     if layers and not compressed_layers(base, config.replace(skip_layers=())):
         logger.warning(
             "lrsa will compress nothing: every layer of %s slides over its last %d tokens. Load the model with "
@@ -78,9 +85,14 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
 
 def compressed_layers(model: PreTrainedModel, config: LRSAConfig) -> list[int]:
     """Indices of the layers whose attention LRSA replaces: those that do not slide and are not in `skip_layers`."""
-    text = _transformers_model(model).config.get_text_config()
-    layers = range(text.num_hidden_layers)
-    return [layer for layer in layers if layer not in config.skip_layers and not _declared_window(text, layer)]
+    windows = sliding_windows(_transformers_model(model).config)
+    return [layer for layer, window in enumerate(windows) if layer not in config.skip_layers and window is None]
+
+
+def sliding_windows(config) -> list[int | None]:
+    """The sliding window of every layer of a model's configuration in tokens, None where there is none."""
+    text = config.get_text_config()
+    return [_if_within(_sliding(text, layer), text) for layer in range(text.num_hidden_layers)]
 
 
 def remove_lrsa(model: PreTrainedModel) -> PreTrainedModel:
@@ -157,8 +169,6 @@ def lrsa_mask(
     attention_mask: torch.Tensor | None = None,
     mask_function: Callable | None = None,
     use_vmap: bool = False,
-    local_size: int | None = None,
-    config=None,
     **kwargs,
 ):
     """The mask function that transformers calls once per forward: the new tokens' padding mask, `None` if all real.
@@ -167,8 +177,6 @@ def lrsa_mask(
     """
     if use_vmap or getattr(mask_function, "__name__", "") == "or_mask":
         raise ValueError("the model adds its own pattern to the causal mask, which lrsa does not support.")
-    if local_size and local_size == getattr(config, "attention_chunk_size", None):
-        raise ValueError("the model attends within chunks (attention_chunk_size), which lrsa does not support.")
     if attention_mask is None:
         return None
     q_length = args[1] if q_length is None else q_length
@@ -180,10 +188,6 @@ def _window(module, options: dict) -> int | None:
     """The sliding window of a layer in tokens; some models give it to their mask only, so their config is asked."""
     window = options["sliding_window"] if "sliding_window" in options else _sliding(module.config, module.layer_idx)
     return _if_within(window, module.config)
-
-
-def _declared_window(config, layer: int) -> int | None:
-    return _if_within(_sliding(config, layer), config)
 
 
 def _sliding(config, layer: int) -> int | None:

@@ -139,7 +139,11 @@ def test_pairs_are_those_that_are_counted(length):
     both = dataclasses.replace(plan, keep_ratios=(1.0, 0.25))
     assert pairs(both) == pytest.approx((pairs(plan) + pairs(plan.dense())) / 2)
     skipping = dataclasses.replace(plan, lrsa=config.replace(skip_layers=(0,)))
-    assert pairs(skipping, 0) == pairs(plan.dense()) > 2 * pairs(skipping, 1)
+    assert pairs(skipping) == pytest.approx((pairs(plan.dense()) + 27 * pairs(plan)) / 28)
+    sliding = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, windows=(None, 4096) * 14))
+    window = 4096 * length - 4096 * 4095 / 2
+    assert pairs(sliding) == pytest.approx((pairs(plan) + window) / 2)
+    assert pairs(sliding.dense()) == pytest.approx((pairs(plan.dense()) + window) / 2)
 
 
 @pytest.fixture(scope="module")

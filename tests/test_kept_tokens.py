@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 from launch.kept_tokens import show
@@ -51,6 +52,19 @@ def test_kept_tokens_are_those_selected(random_llama, row):
     border = near(60, CONFIG)
     assert border == 3 + 6 * 8
     assert kept[2, 1].nonzero()[:, 0].tolist() == [0, 1, 2, *index, *range(border, 60)]
+
+
+def test_layers_with_a_sliding_window_hold_their_last_tokens(row):
+    config = transformers.Gemma3TextConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=12, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = apply_lrsa(transformers.AutoModelForCausalLM.from_config(config), CONFIG)
+    kept, cache = kept_tokens(model, row), LRSACache(CONFIG)
+    with torch.no_grad():
+        model(torch.tensor([row]), past_key_values=cache)
+    assert kept[0].all(0).nonzero()[:, 0].tolist() == list(range(60 - 12, 60))
+    assert kept.sum(-1).tolist() == [[held] * 2 for held in (layer.held()[0] for layer in cache.layers)]
 
 
 def test_dense_model_is_refused(random_llama, row):

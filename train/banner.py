@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from data import DataReport
+from lrsa.hf import sliding_windows
 from train.estimate import Plan, plan_run, shape_of, this_device
 from train.estimate.report import memory_line, time_line
 from train.sections import ObjectiveSettings
@@ -91,10 +92,12 @@ def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:
     lrsa = trainer.lrsa
     if lrsa is None:
         return "dense causal"
-    layers = trainer.model.config.get_text_config().num_hidden_layers
+    windows = sliding_windows(trainer.model.config)
     length = settings.data.context_length
-    kept = kept_tokens([length], lrsa, layers)
+    kept = kept_tokens([length], lrsa, windows)
     skipped = f", layers {', '.join(map(str, lrsa.skip_layers))} dense" if lrsa.skip_layers else ""
+    sliding = sum(window is not None for window in windows)
+    skipped += f", {sliding} of {len(windows)} layers keep their sliding window" if sliding else ""
     return (
         f"LRSA, sink {lrsa.sink_size}, lag {lrsa.lag_size}, top_k {lrsa.top_k}{skipped}: keeps {lrsa.keep_ratio:.1%} "
         f"of a window; of {length} tokens the cache holds {kept:.0f} ({kept / length:.1%})"

@@ -101,6 +101,11 @@ class Objective:
         """What the loss was made of, in nats per token, for the log."""
         found = {} if self.distillation is None else {"distillation": self.distillation.item()}
         if self.supervision and self.supervision.losses:
+            untaught = sorted(set(self.supervision.layers) - set(self.supervision.losses))
+            if untaught:
+                raise RuntimeError(
+                    f"objective.selection did not reach layers {untaught}: leave them out of its layers."
+                )
             found["selection"] = torch.stack(list(self.supervision.losses.values())).mean().item()
         return found
 

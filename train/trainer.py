@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from lrsa import LRSAConfig, apply_lrsa
+from lrsa.hf import sliding_windows
 from train.checkpoints import replace_text
 from train.objective import Objective, config_of_step
 from train.resumable import ResumableTrainer
@@ -64,8 +65,7 @@ class LRSATrainer(ResumableTrainer):
     def _count_kept(self, inputs: dict, config: LRSAConfig | None) -> None:
         """Add up, over all processes, what a cache would hold of this batch's documents and how long they are."""
         lengths = self._document_lengths(inputs)
-        layers = self.model.config.get_text_config().num_hidden_layers
-        kept = kept_tokens(lengths.tolist(), config, layers)
+        kept = kept_tokens(lengths.tolist(), config, sliding_windows(self.model.config))
         totals = torch.tensor([kept, lengths.sum()], dtype=torch.float64, device=lengths.device)
         for index, total in enumerate(self.accelerator.reduce(totals, reduction="sum").tolist()):
             self._kept_and_seen[index] += total
@@ -87,12 +87,19 @@ class LRSATrainer(ResumableTrainer):
             self.lrsa.save_pretrained(output_dir or self.args.output_dir)
 
 
-def kept_tokens(lengths: list[int], lrsa: LRSAConfig | None, layers: int) -> float:
-    """Tokens that a cache holds of rows of these lengths once they are read, as a mean over the layers."""
+def kept_tokens(lengths: list[int], lrsa: LRSAConfig | None, windows: list[int | None]) -> float:
+    """Tokens that a cache holds of rows of these lengths once they are read, as a mean over the layers.
+
+    Args:
+        lrsa: the compression; None holds every token in every layer, which is what `kept_fraction` is a share of.
+        windows: of every layer, from `lrsa.hf.sliding_windows`.
+    """
     if lrsa is None:
         return float(sum(lengths))
-    dense = len([layer for layer in lrsa.skip_layers if layer < layers]) / layers
-    return sum(dense * length + (1 - dense) * lrsa.kept_length(length) for length in lengths)
+    layers = [(window, lrsa.for_layer(layer)) for layer, window in enumerate(windows)]
+    return sum(
+        min(length, window) if window else config.kept_length(length) for window, config in layers for length in lengths
+    ) / len(layers)
 
 
 class LogFile(TrainerCallback):

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from lrsa.config import LRSAConfig
 from lrsa.evaluation.state import active_config, causal_lm, in_eval_mode
+from lrsa.hf import sliding_windows
 from lrsa.selection import select_tokens
 
 # Dropped, kept by its score, kept because it is in the sink or in the last windows.
@@ -52,7 +53,8 @@ def kept_tokens(model, input_ids: Sequence[int]) -> torch.Tensor:
         input_ids: the row.
 
     Returns:
-        bool `[layers, KV heads, tokens]`, true where that head of that layer still holds the token.
+        bool `[layers, KV heads, tokens]`, true where that head of that layer still holds the token: at the end of its
+        sliding window, in a layer that has one.
 
     Raises:
         ValueError: when the model's attention is dense, so that there are no settings.
@@ -63,7 +65,15 @@ def kept_tokens(model, input_ids: Sequence[int]) -> torch.Tensor:
     cache = DynamicCache(config=lm.config)
     with in_eval_mode(model):
         lm.base_model(input_ids=torch.tensor([list(input_ids)], device=lm.device), past_key_values=cache)
-    return torch.stack([_held(layer.keys, layer.values, config.for_layer(i)) for i, layer in enumerate(cache.layers)])
+    windows, position = sliding_windows(lm.config), torch.arange(len(input_ids))
+    return torch.stack(
+        [
+            (position >= len(input_ids) - window).expand(layer.keys.shape[1], -1)
+            if window
+            else _held(layer.keys, layer.values, config.for_layer(index))
+            for index, (layer, window) in enumerate(zip(cache.layers, windows, strict=True))
+        ]
+    )
 
 
 def _held(keys: torch.Tensor, values: torch.Tensor, config: LRSAConfig) -> torch.Tensor:

@@ -64,7 +64,7 @@ def _more_devices_to_a_row(plan: Plan) -> Iterator[Change]:
     if plan.device.on_cpu:
         return
     for gpus in (plan.gpus, 2 * plan.gpus):
-        larger = [n for n in sizes_of_sequence_groups(plan.shape, gpus) if n > plan.sp_size]
+        larger = [n for n in sizes_of_sequence_groups(plan.shape, gpus, plan.selection) if n > plan.sp_size]
         if larger:
             size = larger[0]
             text = f"parallel.sp_size={size}" + (f" on {gpus} GPUs" if gpus > plan.gpus else "")

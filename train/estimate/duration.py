@@ -59,21 +59,26 @@ def linear_flops(plan: Plan) -> float:
 def attention_flops(plan: Plan) -> float:
     """Operations of one device in one step: two matrix products a pair forward, five backward."""
     s = plan.shape
-    products = (2 + 5 + (2 if plan.checkpointing else 0)) * sum(pairs(plan, layer) for layer in range(s.layers))
+    products = (2 + 5 + (2 if plan.checkpointing else 0)) * pairs(plan)
     if plan.teacher:
-        products += 2 * s.layers * pairs(plan.dense())
-    return 2 * products * s.heads * s.head_dim * plan.batch * plan.accumulation / plan.sp_size
+        products += 2 * pairs(plan.dense())
+    return 2 * products * s.layers * s.heads * s.head_dim * plan.batch * plan.accumulation / plan.sp_size
 
 
-def pairs(plan: Plan, layer: int = 0) -> float:
-    """Query-key pairs of one row and head, as a mean over the keep ratios that are trained."""
-    if plan.lrsa is None:
-        return _pairs(plan.length, None)
-    configs = [plan.lrsa.with_keep_ratio(ratio) for ratio in plan.keep_ratios] or [plan.lrsa]
-    return sum(_pairs(plan.length, config.for_layer(layer)) for config in configs) / len(configs)
+def pairs(plan: Plan) -> float:
+    """Query-key pairs of one row and head, as a mean over the layers and the keep ratios that are trained."""
+    configs = [plan.lrsa and plan.lrsa.with_keep_ratio(ratio) for ratio in plan.keep_ratios] or [plan.lrsa]
+    found = [
+        _pairs(plan.length, config and config.for_layer(layer), window)
+        for layer, window in enumerate(plan.shape.windows)
+        for config in configs
+    ]
+    return sum(found) / len(found)
 
 
-def _pairs(n: int, lrsa: LRSAConfig | None) -> float:
+def _pairs(n: int, lrsa: LRSAConfig | None, window: int | None) -> float:
+    if window and window < n:
+        return window * n - window * (window - 1) / 2
     if lrsa is None or lrsa.top_k == lrsa.lag_size or n <= lrsa.dense_length:
         return n * (n + 1) / 2
     keep, lag, sink = lrsa.keep_ratio, lrsa.lag_size, lrsa.sink_size
@@ -82,20 +87,21 @@ def _pairs(n: int, lrsa: LRSAConfig | None) -> float:
 
 def exchange_bytes(plan: Plan) -> float:
     """Bytes that a device sends for one layer and micro-batch in Ulysses' all-to-alls: queries, keys and values to the
-    devices that hold their heads, and the output back; once more backward, and once more when it is computed again."""
+    devices that hold their heads, and the output back; once more backward, when it is computed again, and for the
+    teacher."""
     if plan.sp_size == 1:
         return 0.0
     s = plan.shape
     channels = s.head_dim * (2 * s.heads + 2 * max(s.kv_heads, plan.sp_size))
-    passes = 3 if plan.checkpointing else 2
+    passes = 2 + plan.checkpointing + plan.teacher
     return passes * plan.tokens * channels * plan.bytes * (plan.sp_size - 1) / plan.sp_size
 
 
 def _gathered_bytes(plan: Plan) -> float:
-    """Weights that ZeRO-3 collects for one micro-batch: for the forward and for the backward pass."""
+    """Weights that ZeRO-3 collects for one micro-batch: for the forward, the backward and the teacher's pass."""
     if plan.zero_stage < 3:
         return 0.0
-    return 2 * plan.shape.parameters * plan.bytes * (plan.gpus - 1) / plan.gpus
+    return (2 + plan.teacher) * plan.shape.parameters * plan.bytes * (plan.gpus - 1) / plan.gpus
 
 
 def _link(plan: Plan, together: int) -> float:

@@ -98,7 +98,7 @@ def plan_run(
         ValueError: when `gpus` and `sp_size` do not go together, or with the model's heads.
     """
     sp_size = sp_size or getattr(getattr(settings, "parallel", None), "sp_size", 1)
-    _check_division(shape, gpus, sp_size)
+    _check_division(shape, gpus, sp_size, bool(settings.objective.selection))
     train, zero = settings.train, _zero_optimization(settings.train.get("deepspeed"))
     stage = zero.get("stage", 0) if zero_stage is None else zero_stage
     size = BYTES[settings.model.dtype]
@@ -129,20 +129,21 @@ def plan_run(
     return replace(plan, steps=_steps(settings, plan.rows_per_step))
 
 
-def _check_division(shape: ModelShape, gpus: int, sp_size: int) -> None:
-    if sp_size not in sizes_of_sequence_groups(shape, gpus):
-        allowed = ", ".join(map(str, sizes_of_sequence_groups(shape, gpus)))
+def _check_division(shape: ModelShape, gpus: int, sp_size: int, selection: bool) -> None:
+    sizes = sizes_of_sequence_groups(shape, gpus, selection)
+    if sp_size not in sizes:
+        multiple = "objective.selection allows no more" if selection else "or be a multiple of the KV heads"
         raise ValueError(
             f"sp_size must divide {gpus} devices, {shape.heads} query heads and {shape.kv_heads} KV heads "
-            f"(or be a multiple of the KV heads), got {sp_size}: choose one of {allowed}."
+            f"({multiple}), got {sp_size}: choose one of {', '.join(map(str, sizes))}."
         )
 
 
-def sizes_of_sequence_groups(shape: ModelShape, gpus: int) -> list[int]:
+def sizes_of_sequence_groups(shape: ModelShape, gpus: int, selection: bool) -> list[int]:
     """Numbers of devices that can share a row: every device gets whole query heads and whole KV heads, which are
-    copied when there are fewer of them than devices."""
+    copied when there are fewer of them than devices; supervision of the selection refuses such copies."""
     fits = [n for n in range(1, gpus + 1) if gpus % n == 0 and shape.heads % n == 0]
-    return [n for n in fits if shape.kv_heads % n == 0 or n % shape.kv_heads == 0]
+    return [n for n in fits if shape.kv_heads % n == 0 or (n % shape.kv_heads == 0 and not selection)]
 
 
 def _zero_optimization(deepspeed: str | dict | None) -> dict:

@@ -71,7 +71,7 @@ def _best(shape: ModelShape, device: Device, length: int, gpus: int) -> Plan:
 
 def _settings(shape: ModelShape, device: Device, length: int, gpus: int) -> Iterator[Plan]:
     plan = Plan(shape=shape, device=device, lrsa=LRSA, length=length, gpus=gpus, zero_stage=2)
-    for sp_size in sizes_of_sequence_groups(shape, gpus):
+    for sp_size in sizes_of_sequence_groups(shape, gpus, plan.selection):
         groups = gpus // sp_size
         if ROWS % groups:
             continue
@@ -88,6 +88,6 @@ def _shape(layers, hidden, mlp, heads, kv_heads, head_dim, vocabulary) -> ModelS
     shape = ModelShape(
         layers=layers, hidden=hidden, mlp=mlp, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         vocabulary=vocabulary, parameters=0, lora_parameters=RANK * layers * sum(ends), rank=RANK,
-        targets=frozenset(ATTENTION + MLP), qk_norm=False, largest=vocabulary * hidden,
+        targets=frozenset(ATTENTION + MLP), qk_norm=False, largest=vocabulary * hidden, windows=(None,) * layers,
     )  # fmt: skip
     return replace(shape, parameters=layers * shape.layer_weights + 2 * vocabulary * hidden)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lrsa.hf import sliding_windows
 from train.problems import Problem, SettingsError
 from train.settings import RunSettings
 
@@ -26,6 +27,7 @@ class ModelShape:
         targets: projections that carry LoRA, such as `q_proj`.
         qk_norm: whether queries and keys are normalised, as in Qwen3.
         largest: parameters of the largest module, which ZeRO-3 gathers at once.
+        windows: sliding window of every layer in tokens, None where there is none.
     """
 
     layers: int
@@ -41,6 +43,7 @@ class ModelShape:
     targets: frozenset[str]
     qk_norm: bool
     largest: int
+    windows: tuple[int | None, ...]
 
     def width_in(self, projection: str) -> int:
         """Input channels of a projection."""
@@ -84,6 +87,7 @@ def shape_of(model: nn.Module, rank: int) -> ModelShape:
         targets=frozenset(name.split(".lora_")[0].rpartition(".")[2] for name in trained),
         qk_norm="q_norm" in names,
         largest=max(sizes.values()),
+        windows=tuple(sliding_windows(config)),
     )
 
 
