@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from lrsa.cache import LRSACache
 from lrsa.config import LRSAConfig
@@ -21,7 +23,7 @@ class Loaded(NamedTuple):
     new_cache: Callable[[], LRSACache]
 
 
-def load(source: str | Path, config: LRSAConfig | None = None, **model_options) -> Loaded:
+def load(source: str | Path, config: LRSAConfig | None = None, revision: str | None = None, **model_options) -> Loaded:
     """Load an adapter that was trained with lrsa, or a model into which one was merged.
 
         model, tokenizer, new_cache = lrsa.load("user/adapter")
@@ -34,54 +36,62 @@ def load(source: str | Path, config: LRSAConfig | None = None, **model_options) 
     Args:
         source: a directory or Hub id of an adapter with its `lrsa_config.json`, or of a merged model.
         config: settings in place of the stored ones; needed for a model that was not trained with lrsa.
-        model_options: passed to `AutoModelForCausalLM.from_pretrained` for the base model (`dtype`, `device_map`, ...).
+        revision: branch, tag or commit of `source` on the Hub. The base model's own is what the adapter was trained on.
+        model_options: passed to `AutoModelForCausalLM.from_pretrained` for the base model (`dtype`, `device_map`, ...);
+            `token`, `cache_dir` and `local_files_only` count for the adapter too.
 
     Raises:
         ValueError: when there are no LRSA settings, they do not fit the base model, or the adapter is a pickle.
         OSError: when the base model has no safetensors.
         ImportError: when an adapter is loaded and peft is not installed.
     """
-    source = str(source)
     options = {"trust_remote_code": False, "use_safetensors": True} | model_options
-    if _has(source, "adapter_config.json"):
+    hub = {name: options[name] for name in ("token", "cache_dir", "local_files_only") if name in options}
+    tokens = hub | {"trust_remote_code": options["trust_remote_code"]}
+    adapter = _adapter(str(source), hub | {"revision": revision})
+    if adapter is None:
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision or "main", **options)
+        # Merging keeps the settings inside the model's own configuration.
+        if config is None and hasattr(model.config, "lrsa"):
+            config = config_of(model)
+        elif config is None:
+            config = LRSAConfig.from_pretrained(source, revision=revision, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", **tokens)
+    else:
         from peft import PeftConfig, PeftModel
 
-        refuse_pickle(source)
-        config = LRSAConfig.from_pretrained(source) if config is None else config
-        peft_config = PeftConfig.from_pretrained(source)
-        base_name = peft_config.base_model_name_or_path
-        if peft_config.revision:  # of the base that the adapter was trained on
-            options = {"revision": peft_config.revision} | options
-        model = AutoModelForCausalLM.from_pretrained(base_name, **options)
-        model = PeftModel.from_pretrained(model, source)
-    else:
-        base_name = source
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
-        # Merging keeps the settings inside the model's own configuration.
-        if config is None:
-            config = config_of(model) if hasattr(model.config, "lrsa") else LRSAConfig.from_pretrained(source)
-    tokenizer_name = source if _has(source, "tokenizer_config.json") else base_name
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=options["trust_remote_code"])
+        refuse_pickle(adapter)
+        config = LRSAConfig.from_pretrained(adapter) if config is None else config
+        peft_config = PeftConfig.from_pretrained(adapter)
+        base = {"pretrained_model_name_or_path": peft_config.base_model_name_or_path}
+        base["revision"] = peft_config.revision or "main"
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(**base, **options), adapter)
+        own = {"pretrained_model_name_or_path": adapter} if (adapter / "tokenizer_config.json").is_file() else base
+        tokenizer = AutoTokenizer.from_pretrained(**own, **tokens)
     return Loaded(apply_lrsa(model, config).eval(), tokenizer, lambda: LRSACache(config))
 
 
-def refuse_pickle(source: str) -> None:
+def refuse_pickle(adapter: Path) -> None:
     """Check that an adapter's weights are safetensors; peft would take a pickle, whose loading can run code.
 
     Raises:
-        ValueError: when there is no `adapter_model.safetensors` in the directory or Hub repository.
+        ValueError: when there is no `adapter_model.safetensors` in the directory.
     """
-    if not _has(source, "adapter_model.safetensors"):
+    if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(
-            f"{source} holds no adapter_model.safetensors. Other files of weights, such as adapter_model.bin, are "
+            f"{adapter} holds no adapter_model.safetensors. Other files of weights, such as adapter_model.bin, are "
             "pickles and are not loaded: ask for the adapter in safetensors, or convert it where you trust it."
         )
 
 
-def _has(source: str, name: str) -> bool:
-    """Whether a directory or a Hub repository holds a file."""
-    if Path(source).is_dir():
-        return (Path(source) / name).is_file()
-    from huggingface_hub import file_exists
+def _adapter(source: str, hub: dict) -> Path | None:
+    """The directory of an adapter, fetched at one commit if it lies on the Hub; None when the source is a model.
 
-    return file_exists(source, name)
+    What was fetched before is found without the Hub too.
+    """
+    config = cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if config is None:
+        return None
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(source, ignore_patterns=["*/*", "*.bin", "*.pt", "*.pth"], **hub))

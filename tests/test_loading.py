@@ -1,10 +1,12 @@
 """Loading elsewhere: base, adapter and cache come back as they were trained."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import lrsa
 from lrsa import LRSACache, LRSAConfig, apply_lrsa
@@ -43,6 +45,21 @@ def test_adapter_loads_in_three_lines(saved):
         assert torch.equal(model(**inputs).logits, tuned(**inputs).logits)
     assert new_cache() is not new_cache() and new_cache().config == CONFIG
     assert model.get_base_model().config.lrsa == CONFIG
+
+
+@pytest.mark.parametrize(("trained_on", "expected"), [("v2", "v2"), (None, "main")])
+def test_base_is_loaded_at_the_revision_that_was_trained_on(saved, monkeypatch, trained_on, expected):
+    directory, _ = saved
+    path = directory / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": trained_on}))
+    asked, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **options: asked.append(options) or load(*args, **options),
+    )
+    lrsa.load(directory / "adapter")
+    assert [options["revision"] for options in asked] == [expected]
 
 
 def test_merged_model_keeps_its_settings(saved):

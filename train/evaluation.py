@@ -78,7 +78,7 @@ def load_variants(settings: RunSettings, adapter: str | Path) -> tuple[LRSAConfi
     on_gpu = torch.cuda.is_available() and not settings.train["use_cpu"]
     base = load_model(settings.model).to("cuda" if on_gpu else "cpu")
     try:
-        refuse_pickle(str(adapter))
+        refuse_pickle(Path(adapter))
         lrsa = LRSAConfig.from_pretrained(adapter)
         model = PeftModel.from_pretrained(base, str(adapter), adapter_name=TUNED)
         models = {BASE: Variant(model, None)}
