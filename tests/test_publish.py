@@ -53,6 +53,17 @@ for code in re.findall(r"```python\\n(.*?)```", card.text, flags=re.DOTALL):
 torch.save(found, sys.argv[2])
 """
 
+# The same cache, later, without the Hub.
+LATER = """
+import sys
+import lrsa, torch
+
+given = torch.load(sys.argv[1])
+model, tokenizer, new_cache = lrsa.load("user/tiny")
+with torch.no_grad():
+    torch.save(model(given["ids"]).logits, sys.argv[2])
+"""
+
 
 def client(hub: LocalHub, token: str | bool = TOKEN) -> HfApi:
     return HfApi(endpoint=hub.url, token=token)
@@ -79,6 +90,7 @@ def published(tiny_run, start_hub, tmp_path_factory):
     ids = torch.randint(3, 300, (1, LENGTH), generator=torch.Generator().manual_seed(1))
     torch.save({"ids": ids, "options": GENERATE}, home / "given.pt")
     (home / "elsewhere.py").write_text(ELSEWHERE)
+    (home / "later.py").write_text(LATER)
     with start_hub() as hub:
         options = ["--base-model", "org/base", "--license", "apache-2.0"]
         with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -89,7 +101,17 @@ def published(tiny_run, start_hub, tmp_path_factory):
         command = [sys.executable, "elsewhere.py", "given.pt", "found.pt"]
         done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        yield hub, output.getvalue(), ids, torch.load(home / "found.pt")
+        found = torch.load(home / "found.pt")
+        asked = len(hub.requests)
+        command, environment = (
+            [sys.executable, "later.py", "given.pt", "later.pt"],
+            environment | {"HF_HUB_OFFLINE": "1"},
+        )
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert len(hub.requests) == asked
+        found["later"] = torch.load(home / "later.pt")
+        yield hub, output.getvalue(), ids, found
 
 
 def test_one_private_commit_holds_everything(published, tiny_run):
@@ -128,6 +150,7 @@ def test_loading_back_gives_bit_identical_logits(published, tiny_run):
             assert not torch.equal(model(ids).logits, expected), "the adapter does something"
         assert not torch.equal(lrsa.remove_lrsa(model)(ids).logits, expected), "something was dropped"
     assert torch.equal(found["logits"], expected)
+    assert torch.equal(found["later"], expected), "from the cache, without the Hub"
     assert LRSAConfig.from_dict(found["config"]) == LRSAConfig.from_pretrained(tiny_run)
     assert found["base"] == "org/base"
 
@@ -203,14 +226,16 @@ def test_everybody_can_load_what_is_published_for_everybody(tiny_copy, hub):
     assert "adapter_model.safetensors" in client(hub, token=False).list_repo_files("user/tiny")
 
 
-def test_a_token_in_the_settings_is_left_out(tiny_copy, hub):
+def test_tokens_and_paths_deep_in_the_settings_are_left_out(tiny_copy, hub):
     settings = yaml.safe_load((tiny_copy / "config.yaml").read_text())
-    settings["train"] |= {"hub_token": "hf_secret", "deepspeed": str(ROOT / "configs" / "deepspeed" / "zero2.json")}
+    inner = {"hub_token": "hf_secret", "files": ["/srv/secret/plan.txt"]}
+    settings["train"] |= {"deepspeed": str(ROOT / "configs" / "deepspeed" / "zero2.json"), "lr_scheduler_kwargs": inner}
     (tiny_copy / "config.yaml").write_text(yaml.safe_dump(settings))
     publish(tiny_copy, hub)
-    assert not any(b"hf_secret" in content for content in hub.files("user/tiny").values())
+    assert not any(b"secret" in content for content in hub.files("user/tiny").values())
     train = yaml.safe_load(hub.files("user/tiny")["config.yaml"])["train"]
     assert train["deepspeed"] == "configs/deepspeed/zero2.json"
+    assert train["lr_scheduler_kwargs"] == {"files": ["plan.txt"]}
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from train.sources import REPOSITORY
 
 # Free text such as a prompt template may begin with a slash, so only these settings count as paths, and all of train.
 PATHS = {"model": ("name_or_path", "chat_template"), "data": ("path", "eval_path")}
-SECRETS = ("hub_token", "push_to_hub_token")
+SECRETS = ("token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key", "password")
 
 
 class Redaction:
@@ -42,10 +42,18 @@ class Redaction:
 
     def _section(self, section: str, values: dict) -> dict:
         names = [name for name in values if section == "train" or name in PATHS.get(section, ())]
-        paths = {name: values[name] for name in names if _is_local(values[name])}
-        self.replaced |= {path: _public(path) for path in paths.values()}
         kept = {name: value for name, value in values.items() if name not in SECRETS}
-        return kept | {name: self.replaced[path] for name, path in paths.items()}
+        return kept | {name: self._public(values[name]) for name in names if name in kept}
+
+    def _public(self, value):
+        """A setting without tokens and local paths, however deep they lie in it."""
+        if isinstance(value, dict):
+            return {name: self._public(inner) for name, inner in value.items() if name not in SECRETS}
+        if isinstance(value, list):
+            return [self._public(inner) for inner in value]
+        if not _is_local(value):
+            return value
+        return self.replaced.setdefault(value, _public(value))
 
     def config(self) -> str:
         """The published config.yaml."""
