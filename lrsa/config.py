@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 CONFIG_NAME = "lrsa_config.json"
@@ -42,9 +42,11 @@ class LRSAConfig(dict):
             raise ValueError("\n".join(problems))
         object.__setattr__(self, "value_weight", float(self.value_weight))
         object.__setattr__(self, "skip_layers", tuple(sorted(set(self.skip_layers))))
-        self.update(asdict(self) | {"skip_layers": list(self.skip_layers)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["skip_layers"] = list(self.skip_layers)
         if self.score == SCORES[0]:
-            del self["score"]  # a control of experiments has no place in the file of an ordinary adapter
+            del values["score"]  # a control of experiments has no place in the file of an ordinary adapter
+        dict.update(self, values)
 
     def _problems(self) -> list[str]:
         problems = []
@@ -60,8 +62,8 @@ class LRSAConfig(dict):
                 "lower top_k or raise lag_size."
             )
         weight = self.value_weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            problems.append(f"value_weight must be a number of at least 0, got {weight!r}: 1.0 is LagKV's choice.")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6:
+            problems.append(f"value_weight must be a number from 0 to 1e6, got {weight!r}: 1.0 is LagKV's choice.")
         layers = self.skip_layers
         if not isinstance(layers, (list, tuple, set, frozenset)) or not all(_is_int(i) and i >= 0 for i in layers):
             problems.append(
@@ -73,8 +75,14 @@ class LRSAConfig(dict):
             )
         return problems
 
-    def __setitem__(self, name, value):
-        raise TypeError(f"LRSAConfig cannot be changed in place: use config.replace({name}={value!r}).")
+    def _refuse_change(self, *args, **kwargs):
+        raise TypeError("LRSAConfig cannot be changed in place: use config.replace(name=value).")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = popitem = clear = _refuse_change
+
+    def pop(self, name, *default):
+        """Only for transformers, which takes keys of its own out of every dict in a configuration."""
+        return self._refuse_change() if name in self else super().pop(name, *default)
 
     def __reduce__(self):
         return LRSAConfig.from_dict, (dict(self),)

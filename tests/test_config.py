@@ -23,8 +23,9 @@ def test_defaults_and_derived():
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"lag_size": -1, "top_k": 1}, "lag_size must be at least 1, got -1"),
         ({"sink_size": "4"}, "sink_size must be a whole number, got '4'"),
-        ({"value_weight": -1.0}, "value_weight must be a number of at least 0, got -1.0"),
-        ({"value_weight": float("nan")}, "value_weight must be a number of at least 0, got nan"),
+        ({"value_weight": -1.0}, "value_weight must be a number from 0 to 1e6, got -1.0"),
+        ({"value_weight": 1e39}, "value_weight must be a number from 0 to 1e6, got 1e+39"),
+        ({"value_weight": float("nan")}, "value_weight must be a number from 0 to 1e6, got nan"),
         ({"skip_layers": [-1]}, "skip_layers must be a list of layer indices counted from 0, got [-1]"),
         ({"skip_layers": 3}, "skip_layers must be a list"),
     ],
@@ -39,6 +40,21 @@ def test_all_problems_at_once():
     with pytest.raises(ValueError) as error:
         LRSAConfig(sink_size=-1, lag_size=8, top_k=9)
     assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(top_k=1), lambda c: c.__setitem__("top_k", 1), lambda c: c.pop("top_k"), lambda c: c.clear(),
+        lambda c: c.setdefault("new", 1), lambda c: c.popitem(), lambda c: c.__delitem__("top_k"),
+        lambda c: c.__ior__({"top_k": 1}),
+    ],
+)  # fmt: skip
+def test_cannot_be_changed_in_place(change):
+    config = LRSAConfig()
+    with pytest.raises(TypeError, match="use config"):
+        change(config)
+    assert config == LRSAConfig() and dict(config) == dict(LRSAConfig())
 
 
 def test_save_and_load(tmp_path):
