@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.test_train import launch
-from tests.tiny_run import ROOT, make_workplace
+from tests.tiny_run import ROOT, launch, make_workplace
 from train.experiment import load_experiment, settings_of
 from train.problems import SettingsError
 

@@ -3,81 +3,45 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrsa import LRSAConfig
+from tests.tiny_run import ROOT, launch, log_of, make_workplace
 from train.adapter import AdapterError, verify_adapter
 from train.command_line import explain
 from train.settings import load_settings
 from train.trainer import kept_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
 LRSA = {"sink_size": 4, "lag_size": 8, "top_k": 2, "skip_layers": [0]}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+SETTINGS = {
+    "model": {"name_or_path": "model"},
+    "lrsa": LRSA,
+    "lora": {"r": 4},
+    "objective": {"cross_entropy": 1.0, "distillation": 0.5, "selection": 0.5, "keep_ratios": [0.25]},
+    "data": {"kind": "text", "path": "text.jsonl", "eval_path": "held_out.jsonl", "context_length": 96},
+    "train": {
+        "output_dir": "runs/first",
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "use_cpu": True,
+    },
+    "eval": {"keep_ratios": [0.5], "control": True},
+}
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, byte_tokenizer) -> Path:
-    """A directory with a random model, documents of many lengths, and run.yaml, whose one epoch is four steps."""
-    directory = tmp_path_factory.mktemp("work")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(byte_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory / "model")
-    byte_tokenizer.save_pretrained(directory / "model")
-    rng = random.Random(0)
-    documents = [" ".join(rng.choices(["river", "fox", "Anna", "3", "dog"], k=rng.randint(4, 24))) for _ in range(20)]
-    lines = [json.dumps({"text": text}) + "\n" for text in documents]
-    (directory / "text.jsonl").write_text("".join(lines[:16]))
-    (directory / "held_out.jsonl").write_text("".join(lines[16:]))
-    settings = {
-        "model": {"name_or_path": "model"},
-        "lrsa": LRSA,
-        "lora": {"r": 4},
-        "objective": {"cross_entropy": 1.0, "distillation": 0.5, "selection": 0.5, "keep_ratios": [0.25]},
-        "data": {"kind": "text", "path": "text.jsonl", "eval_path": "held_out.jsonl", "context_length": 96},
-        "train": {
-            "output_dir": "runs/first",
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 0.01,
-            "logging_steps": 1,
-            "save_steps": 2,
-            "use_cpu": True,
-        },
-        "eval": {"keep_ratios": [0.5], "control": True},
-    }
-    (directory / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    return directory
-
-
-def launch(workplace: Path, *command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-
-
-def log_of(directory: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+    return make_workplace(tmp_path_factory.mktemp("work"), byte_tokenizer, SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +107,7 @@ def test_the_logged_kept_fraction_is_that_of_the_rows_lengths(finished, byte_tok
     lengths = [len(row) for row in byte_tokenizer(texts)["input_ids"]]
     extra = (sum(seen) - sum(lengths)) / len(lengths)
     assert extra in (0, 1, 2), "one epoch reads every token once, and those that begin and end a document"
-    kept = kept_tokens([length + int(extra) for length in lengths], LRSAConfig(**LRSA), layers=2)
+    kept = kept_tokens([length + int(extra) for length in lengths], LRSAConfig(**LRSA), [None, None])
     logged = sum(line["kept_fraction"] * tokens for line, tokens in zip(log, seen, strict=True))
     assert logged == pytest.approx(kept, abs=1e-4 * sum(seen)) and kept < 0.9 * sum(seen)
     assert all(line["kept_fraction"] == 1 for line in log_of(directory / "control"))
@@ -151,10 +115,11 @@ def test_the_logged_kept_fraction_is_that_of_the_rows_lengths(finished, byte_tok
 
 def test_kept_tokens_of_rows_and_layers():
     config = LRSAConfig(sink_size=4, lag_size=8, top_k=2)
-    assert kept_tokens([19, 21, 36], config, layers=2) == 19 + (21 - 6) + (36 - 3 * 6)
+    assert kept_tokens([19, 21, 36], config, [None, None]) == 19 + (21 - 6) + (36 - 3 * 6)
     half = config.replace(skip_layers=(1, 7))
-    assert kept_tokens([36], half, layers=2) == (36 + 18) / 2
-    assert kept_tokens([36], None, layers=2) == 36
+    assert kept_tokens([36], half, [None, None]) == (36 + 18) / 2
+    assert kept_tokens([36, 8], config, [None, 12]) == (18 + 8 + 12 + 8) / 2
+    assert kept_tokens([36], None, [None, 12]) == 36
 
 
 def test_two_processes_and_accumulation_under_deepspeed_equal_one(workplace, finished):
@@ -163,8 +128,6 @@ def test_two_processes_and_accumulation_under_deepspeed_equal_one(workplace, fin
     overrides += ["train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2"]
     overrides += ["eval.enabled=false", "eval.control=false"]
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    if not deepspeed.is_file():
-        pytest.skip("DeepSpeed is not installed")
     script = str(ROOT / "launch" / "train.py")
     done = launch(workplace, str(deepspeed), "--num_gpus", "2", script, "--config", "run.yaml", "--set", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -206,6 +169,37 @@ def test_overwrite_starts_again_and_leaves_other_files_alone(workplace, finished
     assert not (again / "results.json").exists() and not (again / "control").exists()
     assert "This adapter was not evaluated" in (again / "README.md").read_text()
     assert all(0.25 < line["kept_fraction"] < 1 for line in log_of(again))
+
+
+def test_rows_of_a_step_cannot_change_on_the_way(workplace, finished, capsys):
+    changed = ["train.per_device_train_batch_size=2"]
+    assert run_here(workplace, *changed, resume=True) == 2
+    message = "a process read 4 rows a step when this run began, and would read 2"
+    assert f"train.per_device_train_batch_size: {message}" in capsys.readouterr().err
+    assert (
+        run_here(workplace, *changed, "train.gradient_accumulation_steps=2", "train.warmup_steps=1", resume=True) == 2
+    )
+    message = capsys.readouterr().err
+    assert "train.warmup_steps: was None when this run began, is 1" in message and "rows a step" not in message
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_no_run_are_not_written_over(workplace, tmp_path, overwrite, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    assert run_here(workplace, f"train.output_dir={tmp_path}", overwrite=overwrite) == 2
+    assert "holds README.md but no config.yaml, so it is no run's directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_what_was_measured_goes_when_training_goes_on(workplace, finished):
+    longer = workplace / "runs" / "longer"
+    shutil.copytree(finished[0], longer)
+    assert run_here(workplace, "train.output_dir=runs/longer", "eval.enabled=false", resume=True) == 0
+    assert (longer / "results.json").exists(), "nothing was trained"
+    options = ["train.output_dir=runs/longer", "train.max_steps=6", "eval.enabled=false", "eval.control=false"]
+    assert run_here(workplace, *options, resume=True) == 0
+    left = [name for name in ("results.json", "report.md", "score_vs_keep_ratio.png") if (longer / name).exists()]
+    assert left == [] and "This adapter was not evaluated" in (longer / "README.md").read_text()
 
 
 def test_a_finished_run_is_evaluated_again(workplace, finished):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 from pathlib import Path
 
 import torch
@@ -29,7 +31,10 @@ SETTINGS = {
 }
 
 
-def make_workplace(directory: Path, tokenizer) -> Path:
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def make_workplace(directory: Path, tokenizer, settings: dict = SETTINGS) -> Path:
     """Fill `directory`; one epoch over its documents is four steps."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -49,5 +54,16 @@ def make_workplace(directory: Path, tokenizer) -> Path:
     rows = [json.dumps({"text": text}) + "\n" for text in documents]
     (directory / "text.jsonl").write_text("".join(rows[:16]))
     (directory / "held_out.jsonl").write_text("".join(rows[16:]))
-    (directory / "run.yaml").write_text(yaml.safe_dump(SETTINGS, sort_keys=False))
+    (directory / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return directory
+
+
+def launch(workplace: Path, *command: str) -> subprocess.CompletedProcess:
+    """A command as a user would give it in `workplace`."""
+    return subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def log_of(directory: Path) -> list[dict]:
+    """The lines of a run's log that tell a loss."""
+    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]

@@ -25,7 +25,13 @@ from train.model_card import save_model_card
 from train.objective import objective_problems
 from train.out_of_memory import is_out_of_memory, out_of_memory
 from train.problems import Problem, SettingsError
-from train.run_directory import CONFIG_NAME, check_run_directory, clear_run_directory, lock_run_directory
+from train.run_directory import (
+    CONFIG_NAME,
+    check_run_directory,
+    clear_run_directory,
+    discard_results,
+    lock_run_directory,
+)
 from train.sequence_parallel import (
     SequenceParallelTrainer,
     check_sequence_parallel,
@@ -113,6 +119,8 @@ def train_adapter(
     if resume and is_finished(args):
         console.print(f"{args.output_dir} holds a finished adapter: it is not trained again", soft_wrap=True)
         return
+    if environment.rank() == 0:
+        discard_results(Path(settings.train["output_dir"]))
     trainer = _trainer(settings, args, corpus, tokenizer, lrsa)
     lost = _tokens(corpus.train) - _tokens(trainer.train_dataset)
     assert lost == 0, f"TRL dropped {lost} tokens of rows that were ready"

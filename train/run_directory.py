@@ -17,9 +17,10 @@ from train.sources import shown
 
 CONFIG_NAME = "config.yaml"
 PUBLISHED_NAME = "hub"  # what launch/publish.py sent or would send
+RESULTS = ("results.json", "report.md", "score_vs_keep_ratio.png")  # of an adapter
 WRITTEN = (
     *(STATE, ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", "log.jsonl", "README.md"),
-    *("data_report.json", "data_report.md", "results.json", "report.md", "score_vs_keep_ratio.png", "control"),
+    *("data_report.json", "data_report.md", *RESULTS, "control"),
     PUBLISHED_NAME,
     CONFIG_NAME,  # last: while it is there, --resume sees which settings belong to what is left
 )
@@ -34,10 +35,19 @@ def check_run_directory(settings: RunSettings, resume: bool, overwrite: bool) ->
     """Refuse to write over an earlier run unless asked to, and to continue one that was set up differently.
 
     Raises:
-        SettingsError: when the directory holds an adapter or checkpoints and neither flag is given, or when `resume`
-            meets a run with other settings, apart from eval and those of train that may change on the way.
+        SettingsError: when the directory holds an adapter or checkpoints and neither flag is given, when `resume` meets
+            a run with other settings, apart from eval and those of train that may change on the way, or when files of
+            no run would be written over.
     """
     directory = Path(settings.train["output_dir"])
+    foreign = [] if (directory / CONFIG_NAME).is_file() else [name for name in WRITTEN if (directory / name).exists()]
+    if foreign:
+        text = (
+            f"{shown(directory)} holds {', '.join(foreign)} but no {CONFIG_NAME}, so it is no run's directory, "
+            "and a run would write over that: choose another directory with --set train.output_dir=..., or move the "
+            "files away"
+        )
+        raise SettingsError([Problem("", "train.output_dir", text)])
     earlier = directory / ADAPTER_NAME
     if not earlier.is_file():
         earlier = next(reversed(checkpoints(directory)), None)
@@ -59,6 +69,13 @@ def clear_run_directory(directory: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def discard_results(directory: Path) -> None:
+    """Delete what was measured and prepared of an adapter that is about to be trained further."""
+    for name in RESULTS:
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / PUBLISHED_NAME, ignore_errors=True)
 
 
 def lock_run_directory(directory: Path) -> TextIO:
@@ -91,16 +108,26 @@ def config_of_run(directory: str) -> str:
 
 def _refuse_other_settings(settings: RunSettings, directory: Path) -> None:
     path = directory / CONFIG_NAME
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    now = yaml.safe_load(settings.to_yaml())
+    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(settings.to_yaml())
     problems = []
     for section in (name for name in now if name != "eval"):
-        for name, value in now[section].items():
-            if section == "train" and name not in IN_CHECKPOINTS:
-                continue
-            was = before.get(section, {}).get(name, value)
-            if was != value:
-                text = f"was {was!r} when this run began, is {value!r}: --resume continues with the same settings only"
+        was, is_now = before.get(section, {}), now[section]
+        for name in IN_CHECKPOINTS if section == "train" else was.keys() | is_now.keys():
+            if was.get(name) != is_now.get(name):
+                values = f"was {was.get(name)!r} when this run began, is {is_now.get(name)!r}"
+                text = f"{values}: --resume continues with the same settings only"
                 problems.append(Problem(shown(path), f"{section}.{name}", text))
+    rows, rows_now = (_rows_per_process(values["train"]) for values in (before, now))
+    if rows != rows_now:
+        text = (
+            f"a process read {rows} rows a step when this run began, and would read {rows_now}: with --resume, "
+            "per_device_train_batch_size times gradient_accumulation_steps has to stay what it was"
+        )
+        problems.append(Problem(shown(path), "train.per_device_train_batch_size", text))
     if problems:
         raise SettingsError(problems)
+
+
+def _rows_per_process(train: dict) -> int:
+    """Rows that a process reads for one step of the optimizer; what is not set has transformers' default."""
+    return train.get("per_device_train_batch_size", 8) * train.get("gradient_accumulation_steps", 1)
