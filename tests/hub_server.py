@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args) -> None:
-        pass
+        """Stay silent: what the tests want to know is in `LocalHub`."""
 
     def _serve(self) -> None:
         self.path = unquote(urlsplit(self.path).path)

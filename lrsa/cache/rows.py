@@ -8,6 +8,8 @@ Shapes: B batch, H query heads, G KV heads, T new tokens, S tokens, D head dim.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
@@ -37,9 +39,9 @@ class RowsLayer(CacheLayerMixin):
         self.columns = 0
         self.seen: list[int] = []
 
+    @abstractmethod
     def length(self, seen: int) -> int:
         """Tokens held of a row of `seen` tokens."""
-        raise NotImplementedError
 
     def held(self) -> list[int]:
         """Tokens held of each row."""
