@@ -114,6 +114,16 @@ BROKEN = {
         ("max_steps: 3", "trust_remote_code: true"),
         "run.yaml:14 train.trust_remote_code: cannot be set here: set model.trust_remote_code",
     ),
+    "publishing while training": (
+        ("max_steps: 3", "push_to_hub: true"),
+        "run.yaml:14 train.push_to_hub: cannot be set here: launch/publish.py sends a finished run, "
+        "checked and without paths of this machine",
+    ),
+    "a token": (
+        ("max_steps: 3", "hub_token: hf_secret"),
+        "run.yaml:14 train.hub_token: cannot be set here: launch/publish.py sends a finished run, "
+        "checked and without paths of this machine",
+    ),
     "rows would be cut": (
         ("max_steps: 3", "max_length: 256"),
         "run.yaml:14 train.max_length must be at least data.context_length (512), got 256: "
