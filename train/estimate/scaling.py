@@ -27,7 +27,7 @@ def scaling_tables(device: Device) -> str:
     """Markdown: one table for each model, rows of length and GPUs."""
     parts = [
         f"Device: {device.name}, {device.memory / 2**30:.1f} GiB. LRSA: sink {LRSA.sink_size}, lag {LRSA.lag_size}, "
-        f"top_k {LRSA.top_k}. LoRA r {RANK} on all projections, bf16, checkpointing; a step is {ROWS} rows."
+        f"top_k {LRSA.top_k}. LoRA r {RANK} on all projections, bf16,\ncheckpointing; a step is {ROWS} rows."
     ]
     for name, numbers in MODELS.items():
         parts.append(f"### {name}\n\n{_table(_shape(*numbers), device)}")
