@@ -47,7 +47,7 @@ def load(source: str | Path, config: LRSAConfig | None = None, revision: str | N
     """
     options = {"trust_remote_code": False, "use_safetensors": True} | model_options
     hub = {name: options[name] for name in ("token", "cache_dir", "local_files_only") if name in options}
-    tokens = hub | {"trust_remote_code": options["trust_remote_code"]}
+    tokenizer_options = hub | {"trust_remote_code": options["trust_remote_code"]}
     adapter = _adapter(str(source), hub | {"revision": revision})
     if adapter is None:
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision or "main", **options)
@@ -56,7 +56,7 @@ def load(source: str | Path, config: LRSAConfig | None = None, revision: str | N
             config = config_of(model)
         elif config is None:
             config = LRSAConfig.from_pretrained(source, revision=revision, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", **tokens)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", **tokenizer_options)
     else:
         from peft import PeftConfig, PeftModel
 
@@ -67,7 +67,7 @@ def load(source: str | Path, config: LRSAConfig | None = None, revision: str | N
         base["revision"] = peft_config.revision or "main"
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(**base, **options), adapter)
         own = {"pretrained_model_name_or_path": adapter} if (adapter / "tokenizer_config.json").is_file() else base
-        tokenizer = AutoTokenizer.from_pretrained(**own, **tokens)
+        tokenizer = AutoTokenizer.from_pretrained(**own, **tokenizer_options)
     return Loaded(apply_lrsa(model, config).eval(), tokenizer, lambda: LRSACache(config))
 
 
