@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.memory import peak_bytes
 from benchmarks.step import SHAPES, random_model
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
+from lrsa.cache import CACHE_ARGUMENT
 from lrsa.evaluation import cache_cost
 
 SIDES = ("full", "lrsa")
@@ -39,10 +40,10 @@ SIDES = ("full", "lrsa")
 def generate(model, ids: torch.Tensor, cache, tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and of the `tokens` tokens after it."""
     start = now(ids)
-    token = model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    token = model(ids, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits.argmax(-1)
     first = now(ids)
     for _ in range(tokens):
-        token = model(token, past_key_values=cache).logits.argmax(-1)
+        token = model(token, **{CACHE_ARGUMENT: cache}).logits.argmax(-1)
     return first - start, now(ids) - first
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from lrsa import LRSACache
+from lrsa.cache import CACHE_ARGUMENT
 
 
 def over_cache(model, ids, chunks, config, mask=None, **cache_options):
@@ -17,7 +18,7 @@ def over_cache(model, ids, chunks, config, mask=None, **cache_options):
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             options = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
         with torch.no_grad():
-            logits.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **options).logits)
+            logits.append(model(ids[:, start:stop], **{CACHE_ARGUMENT: cache}, use_cache=True, **options).logits)
         start = stop
     return torch.cat(logits, 1), cache
 

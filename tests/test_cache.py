@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import lrsa
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
-from lrsa.cache import compressed
+from lrsa.cache import CACHE_ARGUMENT, compressed
 from lrsa.cache.sliding import SlidingLayer
 from lrsa.selection import select_tokens
 from tests.feeding import close, over_cache, padded
@@ -96,10 +96,10 @@ def test_mask_ignored_is_noticed(random_llama, monkeypatch):
     options = {"attention_mask": mask, "position_ids": torch.arange(-9, 60)[None]}
     with torch.no_grad():
         expected = model(ids).logits
-        close(model(padded, past_key_values=LRSACache(CONFIG), **options).logits[:, 9:], expected)
+        close(model(padded, **{CACHE_ARGUMENT: LRSACache(CONFIG)}, **options).logits[:, 9:], expected)
         monkeypatch.delitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "lrsa")
         with pytest.raises(AssertionError):
-            close(model(padded, past_key_values=LRSACache(CONFIG), **options).logits[:, 9:], expected)
+            close(model(padded, **{CACHE_ARGUMENT: LRSACache(CONFIG)}, **options).logits[:, 9:], expected)
 
 
 def test_skip_layers_stay_dense(random_llama):
@@ -197,7 +197,7 @@ def test_prefill_makes_nothing_of_size_t_by_t(random_llama, layers):
     cache = LRSACache(config)
     for _ in range(2):
         with Largest() as largest, torch.no_grad():
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
         assert 64 * 3000 <= largest.elements < 3000 * 3000 / 2
     dense = remove_lrsa(model)
     with Largest() as largest, torch.no_grad():
@@ -214,7 +214,7 @@ def test_ten_thousand_tokens_stay_flat(random_llama):
     per_token = {}
     for seen in range(1, 10_001):
         with torch.no_grad():
-            ids = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            ids = model(ids, **{CACHE_ARGUMENT: cache}).logits[:, -1].argmax(-1, keepdim=True)
         if seen in (1000, 3000, 10_000):
             layer = cache.layers[0]
             assert layer.held() == [config.kept_length(seen)]
@@ -231,7 +231,7 @@ def test_wrong_use_is_named(random_llama):
     ids = torch.randint(0, 48, (2, 30))
     _, cache = over_cache(model, ids, [30], CONFIG)
     with pytest.raises(ValueError, match="holds a batch of 2, got 1 rows"), torch.no_grad():
-        model(ids[:1, :1], past_key_values=cache)
+        model(ids[:1, :1], **{CACHE_ARGUMENT: cache})
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(10)
     with pytest.raises(ValueError, match="cannot be offloaded"):
@@ -253,4 +253,4 @@ def test_reset_starts_afresh(random_llama):
     cache.reset()
     assert cache.get_seq_length() == 0
     with torch.no_grad():
-        close(model(ids[:1], past_key_values=cache).logits, first[:1])
+        close(model(ids[:1], **{CACHE_ARGUMENT: cache}).logits, first[:1])

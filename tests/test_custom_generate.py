@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import lrsa
+from lrsa.cache import CACHE_ARGUMENT
 from train.publishing import prepare
 
 LENGTH = 60
@@ -39,13 +40,13 @@ def test_custom_generate_takes_generate_s_arguments_and_its_own_cache_only(folde
     ids = torch.randint(3, 300, (2, LENGTH), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[0, :25] = 0
-    expected = model.generate(ids, attention_mask=mask, past_key_values=new_cache(), **GENERATE)
+    expected = model.generate(ids, attention_mask=mask, **{CACHE_ARGUMENT: new_cache()}, **GENERATE)
     cache = new_cache()
-    found = lm.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    found = lm.generate(ids, attention_mask=mask, **{CACHE_ARGUMENT: cache}, **options)
     assert torch.equal(found, expected) and cache.get_seq_length() == LENGTH + 29
     assert lm.config._attn_implementation == "lrsa", "a model under LRSA stays so"
     with pytest.raises(ValueError, match=r"must be an lrsa\.LRSACache, got DynamicCache: leave it out"):
-        lm.generate(ids, past_key_values=DynamicCache(), **options)
+        lm.generate(ids, **{CACHE_ARGUMENT: DynamicCache()}, **options)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         lm.generate(ids, custom_generate=folder, trust_remote_code=False)
 

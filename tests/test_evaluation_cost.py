@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from lrsa import LRSACache, LRSAConfig, apply_lrsa
+from lrsa.cache import CACHE_ARGUMENT
 from lrsa.evaluation import cache_cost, prefill_cost
 
 CONFIG = LRSAConfig(sink_size=2, lag_size=8, top_k=2)
@@ -33,7 +34,7 @@ def test_room_for_growth_and_the_whole_batch_are_counted(random_llama):
     cache = LRSACache(CONFIG)
     with torch.no_grad():
         for tokens in (SEEN, 1):
-            random_llama(torch.ones(3, tokens, dtype=torch.long), past_key_values=cache)
+            random_llama(torch.ones(3, tokens, dtype=torch.long), **{CACHE_ARGUMENT: cache})
     for cost, layer in zip(cache_cost(cache), cache.layers, strict=True):
         assert (cost.seen, cost.kept) == (SEEN + 1, KEPT + 1)
         assert cost.bytes == 3 * layer.keys.shape[2] * TOKEN > 3 * cost.kept * TOKEN
@@ -43,7 +44,7 @@ def test_room_for_growth_and_the_whole_batch_are_counted(random_llama):
 def test_a_view_costs_what_it_keeps_alive(random_llama):
     cache = DynamicCache(config=random_llama.config)
     with torch.no_grad():
-        random_llama(torch.ones(1, 40, dtype=torch.long), past_key_values=cache)
+        random_llama(torch.ones(1, 40, dtype=torch.long), **{CACHE_ARGUMENT: cache})
     layer = cache.layers[0]
     layer.keys, layer.values = layer.keys[:, :, :10], layer.values[:, :, :10]
     assert cache_cost(cache)[0].kept == 10

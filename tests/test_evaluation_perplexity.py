@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import CohereConfig, CohereForCausalLM
 
 from lrsa import LRSACache, LRSAConfig, apply_lrsa
+from lrsa.cache import CACHE_ARGUMENT
 from lrsa.evaluation import evaluate_loss, perplexity_of
 
 CONFIG = LRSAConfig(sink_size=2, lag_size=8, top_k=2)
@@ -46,7 +47,7 @@ def test_compressed_loss_is_that_of_prefill_in_chunks(random_llama):
     cache = LRSACache(CONFIG)
     with torch.no_grad():
         starts = [0, *range(CONFIG.dense_length, ids.shape[1], CONFIG.lag_size), ids.shape[1]]
-        chunks = [random_llama(ids[:, a:b], past_key_values=cache).logits for a, b in itertools.pairwise(starts)]
+        chunks = [random_llama(ids[:, a:b], **{CACHE_ARGUMENT: cache}).logits for a, b in itertools.pairwise(starts)]
     expected = F.cross_entropy(torch.cat(chunks, 1)[0, :-1], ids[0, 1:]).item()
     assert len(chunks) > 2
     assert evaluate_loss(random_llama, [row]).value == pytest.approx(expected, abs=1e-6)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, TextIteratorStreamer, set_seed
 
 from lrsa import LRSACache, LRSAConfig, apply_lrsa
+from lrsa.cache import CACHE_ARGUMENT
 from tests.feeding import close, over_cache, padded
 
 CONFIG = LRSAConfig(3, 8, 2)
@@ -17,7 +18,7 @@ assert LENGTHS[2] < LENGTHS[3] == CONFIG.dense_length
 
 def generate(model, ids, mask=None, config=CONFIG, new=40, **options):
     """The new tokens."""
-    options = {"past_key_values": LRSACache(config), "do_sample": False, "pad_token_id": 0} | options
+    options = {CACHE_ARGUMENT: LRSACache(config), "do_sample": False, "pad_token_id": 0} | options
     mask = torch.ones_like(ids) if mask is None else mask
     found = model.generate(ids, attention_mask=mask, max_new_tokens=new, eos_token_id=None, **options)
     return found[:, ids.shape[1] :]
@@ -63,7 +64,7 @@ def test_sampling_draws_what_one_forward_gives(model):
     set_seed(3)
     found = generate(model, ids, **options)
     set_seed(3)
-    assert torch.equal(generate(model, ids, past_key_values=None, use_cache=False, **options), found)
+    assert torch.equal(generate(model, ids, **{CACHE_ARGUMENT: None}, use_cache=False, **options), found)
     set_seed(4)
     assert not torch.equal(generate(model, ids, **options), found)
 
@@ -75,7 +76,7 @@ def test_return_sequences(model):
     found = model.generate(
         ids,
         attention_mask=mask,
-        past_key_values=LRSACache(CONFIG),
+        **{CACHE_ARGUMENT: LRSACache(CONFIG)},
         num_return_sequences=3,
         max_new_tokens=20,
         do_sample=True,
@@ -99,7 +100,7 @@ def test_beam_search(model, chunk):
     ids = torch.randint(1, 48, (2, 50))
     found = model.generate(
         ids,
-        past_key_values=LRSACache(CONFIG),
+        **{CACHE_ARGUMENT: LRSACache(CONFIG)},
         num_beams=3,
         num_return_sequences=2,
         max_new_tokens=12,
@@ -140,7 +141,7 @@ def test_conversation_over_one_cache(model, chunk):
     history = rows()
     ids, mask = padded(history)
     for turn in range(4):
-        new = generate(model, ids, mask, new=15, past_key_values=cache, prefill_chunk_size=chunk)
+        new = generate(model, ids, mask, new=15, **{CACHE_ARGUMENT: cache}, prefill_chunk_size=chunk)
         for row, (tokens, answer) in enumerate(zip(history, new, strict=True)):
             history[row] = torch.cat([tokens, answer])
             with torch.no_grad():
@@ -164,7 +165,7 @@ def test_batch_operations(model):
             real = torch.cat([mask, torch.ones(4, 3, dtype=torch.long)], 1)[order]
             positions = real.cumsum(1)[:, -3:] - 1
             options = {"attention_mask": real, "position_ids": positions}
-            return model(probe[order], past_key_values=cache, **options).logits
+            return model(probe[order], **{CACHE_ARGUMENT: cache}, **options).logits
 
     def filled():
         return over_cache(model, ids, [70], CONFIG, mask)[1]
@@ -186,7 +187,7 @@ def test_batch_operations(model):
     assert cache.get_seq_length() == 0
     with torch.no_grad():
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        model(ids, attention_mask=mask, position_ids=positions, **{CACHE_ARGUMENT: cache})
     close(decode(cache, torch.arange(4)), plain)
 
 
@@ -195,7 +196,7 @@ def test_skipped_layers(random_llama):
     model = apply_lrsa(random_llama, config)
     cache = LRSACache(config)
     ids = rows()[0][None]
-    found = generate(model, ids, past_key_values=cache)
+    found = generate(model, ids, **{CACHE_ARGUMENT: cache})
     with torch.no_grad():
         assert torch.equal(model(torch.cat([ids, found], 1)).logits[:, 69:-1].argmax(-1), found)
     assert [layer.held() for layer in cache.layers] == [[CONFIG.kept_length(109)], [109], [CONFIG.kept_length(109)]]
@@ -203,10 +204,10 @@ def test_skipped_layers(random_llama):
 
 def test_dense_prefill_for_models_trained_otherwise(model):
     ids, mask = padded(rows())
-    found = generate(model, ids, mask, past_key_values=LRSACache(CONFIG, prefill="dense"))
+    found = generate(model, ids, mask, **{CACHE_ARGUMENT: LRSACache(CONFIG, prefill="dense")})
     for row, tokens in enumerate(rows()):
         cache = LRSACache(CONFIG, prefill="dense")
-        assert torch.equal(generate(model, tokens[None], past_key_values=cache)[0], found[row])
+        assert torch.equal(generate(model, tokens[None], **{CACHE_ARGUMENT: cache})[0], found[row])
         assert compressed(cache).held() == [CONFIG.kept_length(len(tokens) + 39)]
     first, _ = over_cache(model, ids[:1], [70], CONFIG, prefill="dense")
     with torch.no_grad():
@@ -222,10 +223,10 @@ def test_refused(model, random_llama):
         with pytest.raises(ValueError, match="assisted decoding takes tokens back"):
             generate(model, ids, **options)
     cache = LRSACache(CONFIG)
-    generate(model, ids, past_key_values=cache)
+    generate(model, ids, **{CACHE_ARGUMENT: cache})
     assert not cache.is_croppable and not LRSACache(CONFIG).is_croppable
     with pytest.raises(ValueError, match="holds a batch of 1, got 2 rows"):
-        generate(model, torch.ones(2, 120, dtype=torch.long), past_key_values=cache)
+        generate(model, torch.ones(2, 120, dtype=torch.long), **{CACHE_ARGUMENT: cache})
 
 
 def test_stories_writes_the_same_256_tokens(stories, shared):

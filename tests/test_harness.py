@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import lrsa
 from data.synthetic import key_value_row
 from lrsa import LRSAConfig
+from lrsa.cache import CACHE_ARGUMENT
 from lrsa.evaluation import generate_answers
 
 pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: pip install "lrsa[harness]"')
@@ -114,7 +115,7 @@ def test_loglikelihoods_are_those_of_the_cache(rows):
         with torch.no_grad():
             for piece in (ids[:, :40], ids[:, 40 : len(context)], *ids[:, len(context) :].split(2, dim=1)):
                 if piece.shape[1]:
-                    logits.append(lm.model(piece, past_key_values=cache).logits[0])
+                    logits.append(lm.model(piece, **{CACHE_ARGUMENT: cache}).logits[0])
         logits = torch.cat(logits)[len(context) - 1 :].log_softmax(-1)
         expected = logits.gather(1, torch.tensor(target)[:, None]).sum().item()
         assert value == pytest.approx(expected, abs=1e-9)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config
 import lrsa
 import lrsa.hf
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
+from lrsa.cache import CACHE_ARGUMENT
 
 CONFIG = LRSAConfig(3, 8, 2)
 
@@ -142,7 +143,7 @@ def test_works_on_a_peft_model(random_llama):
     apply_lrsa(tuned, CONFIG)
     sparse = logits(tuned, ids)
     assert (sparse - dense).abs().max() > 0.01
-    cached = logits(tuned, ids, past_key_values=LRSACache(CONFIG))
+    cached = logits(tuned, ids, **{CACHE_ARGUMENT: LRSACache(CONFIG)})
     assert (cached - sparse).abs().max() < 1e-10
     remove_lrsa(tuned)
     assert torch.equal(logits(tuned, ids), dense)
@@ -151,13 +152,14 @@ def test_works_on_a_peft_model(random_llama):
 def test_cache_of_other_settings_warns(random_llama, caplog):
     lrsa.hf._compare.cache_clear()
     apply_lrsa(random_llama, CONFIG)
+    five = torch.zeros(1, 5, dtype=torch.long)
     with caplog.at_level(logging.WARNING, logger="lrsa"):
-        logits(random_llama, torch.zeros(1, 5, dtype=torch.long), past_key_values=LRSACache(CONFIG.replace(top_k=3)))
-        logits(random_llama, torch.zeros(1, 5, dtype=torch.long), past_key_values=LRSACache(CONFIG.replace(top_k=3)))
+        logits(random_llama, five, **{CACHE_ARGUMENT: LRSACache(CONFIG.replace(top_k=3))})
+        logits(random_llama, five, **{CACHE_ARGUMENT: LRSACache(CONFIG.replace(top_k=3))})
     assert "top_k 3 against 2" in caplog.text and len(caplog.records) == 1
     apply_lrsa(random_llama, CONFIG.replace(score="recent"))
     with caplog.at_level(logging.WARNING, logger="lrsa"):
-        logits(random_llama, torch.zeros(1, 5, dtype=torch.long), past_key_values=LRSACache(CONFIG))
+        logits(random_llama, five, **{CACHE_ARGUMENT: LRSACache(CONFIG)})
     assert "score lag_relative against recent" in caplog.text
 
 
@@ -169,7 +171,7 @@ def test_refused_by_name(random_llama):
     with pytest.raises(ValueError, match="2D padding mask"):
         random_llama(ids, attention_mask=torch.ones(1, 1, 5, 5))
     with pytest.raises(ValueError, match="packed"):
-        random_llama(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]), past_key_values=LRSACache(CONFIG))
+        random_llama(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]), **{CACHE_ARGUMENT: LRSACache(CONFIG)})
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))
     with pytest.raises(ValueError, match="attention dropout must be 0"):
         apply_lrsa(model, CONFIG).train()(ids)

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from launch.kept_tokens import show
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, select_tokens
+from lrsa.cache import CACHE_ARGUMENT
 from lrsa.evaluation.kept_tokens import draw_kept_tokens, kept_tokens, near, read_passage, write_page
 
 CONFIG = LRSAConfig(3, 8, 2, skip_layers=(1,))
@@ -31,8 +32,8 @@ def test_kept_tokens_are_those_the_cache_holds(random_llama, row):
     kept = kept_tokens(model, row)
     cache, full = LRSACache(CONFIG), DynamicCache()
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        model(ids, past_key_values=full)
+        model(ids, **{CACHE_ARGUMENT: cache})
+        model(ids, **{CACHE_ARGUMENT: full})
     for layer, marks, whole in zip(cache.layers, kept, full.layers, strict=True):
         for head, mark in enumerate(marks):
             held = int(mark.sum())
@@ -47,7 +48,7 @@ def test_kept_tokens_are_those_selected(random_llama, row):
     model = apply_lrsa(random_llama, CONFIG)
     kept, full = kept_tokens(model, row), DynamicCache()
     with torch.no_grad():
-        model(torch.tensor([row]), past_key_values=full)
+        model(torch.tensor([row]), **{CACHE_ARGUMENT: full})
     index = select_tokens(full.layers[2].keys, full.layers[2].values, CONFIG).index[0, 1].flatten().tolist()
     border = near(60, CONFIG)
     assert border == 3 + 6 * 8
@@ -62,7 +63,7 @@ def test_layers_with_a_sliding_window_hold_their_last_tokens(row):
     model = apply_lrsa(transformers.AutoModelForCausalLM.from_config(config), CONFIG)
     kept, cache = kept_tokens(model, row), LRSACache(CONFIG)
     with torch.no_grad():
-        model(torch.tensor([row]), past_key_values=cache)
+        model(torch.tensor([row]), **{CACHE_ARGUMENT: cache})
     assert kept[0].all(0).nonzero()[:, 0].tolist() == list(range(60 - 12, 60))
     assert kept.sum(-1).tolist() == [[held] * 2 for held in (layer.held()[0] for layer in cache.layers)]
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask
 
 from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
-from lrsa.cache import LRSACache, compressed, sliding
+from lrsa.cache import CACHE_ARGUMENT, LRSACache, compressed, sliding
 from tests.feeding import close, over_cache, padded
 
 README = Path(__file__).parents[1] / "README.md"
@@ -252,7 +252,7 @@ def test_the_way_out_that_the_message_names(name, option, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, **{option: None})
     cache = LRSACache(CONFIG)
     with torch.no_grad():
-        apply_lrsa(model, CONFIG)(torch.randint(3, 48, (1, LENGTH)), past_key_values=cache)
+        apply_lrsa(model, CONFIG)(torch.randint(3, 48, (1, LENGTH)), **{CACHE_ARGUMENT: cache})
     assert [CONFIG.kept_length(LENGTH)] in [layer.held() for layer in cache.layers]
     remove_lrsa(model)
 

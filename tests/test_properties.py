@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, lrsa_attention
+from lrsa.cache import CACHE_ARGUMENT
 
 # Fixtures hold models and directories that examples share and do not change.
 common = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -126,7 +127,7 @@ def test_any_chunks_over_the_cache_equal_one_forward(random_llama, config, chunk
         for size in chunks:
             stop = start + size
             options = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-            found.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **options).logits)
+            found.append(model(ids[:, start:stop], **{CACHE_ARGUMENT: cache}, use_cache=True, **options).logits)
             start = stop
     torch.testing.assert_close(torch.cat(found, 1)[mask == 1], expected[mask == 1], atol=1e-9, rtol=0)
     assert cache.layers[0].held() == [config.kept_length(tokens - pad) for pad in pads]

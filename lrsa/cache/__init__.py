@@ -1,3 +1,3 @@
-from lrsa.cache.api import LRSACache
+from lrsa.cache.api import CACHE_ARGUMENT, LRSACache
 
-__all__ = ["LRSACache"]
+__all__ = ["CACHE_ARGUMENT", "LRSACache"]

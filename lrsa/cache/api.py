@@ -6,15 +6,24 @@ from. So `update` only announces them, and the attention "lrsa", which knows its
 
 from __future__ import annotations
 
+import inspect
 from typing import Literal
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from lrsa.cache.compressed import CompressedLayer
 from lrsa.cache.rows import RowsLayer
 from lrsa.cache.sliding import SlidingLayer
 from lrsa.config import LRSAConfig
+
+_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_ARGUMENT = "cache" if "cache" in _ARGUMENTS else "past_key_values"
+"""What a model and `generate` call their cache: `past_key_values`, since transformers 5.24 `cache`.
+
+Until transformers 6 `generate` takes the old name as well and warns.
+"""
 
 
 class LRSACache(Cache):

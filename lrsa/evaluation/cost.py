@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, DynamicCache
 
-from lrsa.cache import LRSACache
+from lrsa.cache import CACHE_ARGUMENT, LRSACache
 from lrsa.evaluation.state import active_config, causal_lm, in_eval_mode
 
 
@@ -48,7 +48,7 @@ def prefill_cost(model, input_ids: Sequence[int]) -> list[LayerCost]:
     cache = DynamicCache(config=lm.config) if config is None else LRSACache(config)
     with in_eval_mode(model):
         ids = torch.tensor([list(input_ids)], device=lm.device)
-        lm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        lm.base_model(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
     return cache_cost(cache)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from lrsa.cache import LRSACache
+from lrsa.cache import CACHE_ARGUMENT, LRSACache
 from lrsa.evaluation.state import active_config, causal_lm, in_eval_mode
 
 
@@ -50,7 +50,7 @@ def generate_answers(
         for batch in by_length([row["prompt_length"] for row in rows], batch_size):
             prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in batch]
             ids, mask = (x.to(lm.device) for x in _pad_left(prompts, greedy.pad_token_id))
-            cache = {} if config is None else {"past_key_values": LRSACache(config)}
+            cache = {} if config is None else {CACHE_ARGUMENT: LRSACache(config)}
             out = lm.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, use_cache=True, **cache)
             for i, new in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
                 answers[i] = tokenizer.decode(_before_end(new, greedy.eos_token_id), skip_special_tokens=True).strip()

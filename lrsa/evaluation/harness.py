@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import get_dtype
 
 import lrsa
+from lrsa.cache import CACHE_ARGUMENT
 from lrsa.config import LRSAConfig
 
 CACHES = ("compressed", "full")
@@ -82,7 +83,7 @@ class LRSALM(HFLM):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options) -> torch.Tensor:
         if self.new_cache is not None:
-            options["past_key_values"] = self.new_cache()
+            options[CACHE_ARGUMENT] = self.new_cache()
         return super()._model_generate(context, max_length, stop, **options)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache
 
+from lrsa.cache import CACHE_ARGUMENT
 from lrsa.config import LRSAConfig
 from lrsa.evaluation.state import active_config, causal_lm, in_eval_mode
 from lrsa.hf import sliding_windows
@@ -64,7 +65,8 @@ def kept_tokens(model, input_ids: Sequence[int]) -> torch.Tensor:
         raise ValueError("the model's attention is dense, so every token is kept: call lrsa.apply_lrsa(model, config).")
     cache = DynamicCache(config=lm.config)
     with in_eval_mode(model):
-        lm.base_model(input_ids=torch.tensor([list(input_ids)], device=lm.device), past_key_values=cache)
+        ids = torch.tensor([list(input_ids)], device=lm.device)
+        lm.base_model(input_ids=ids, **{CACHE_ARGUMENT: cache})
     windows, position = sliding_windows(lm.config), torch.arange(len(input_ids))
     return torch.stack(
         [

@@ -7,30 +7,34 @@ written when the adapter was published. Needs `pip install lrsa`.
 """
 
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
+from lrsa.cache import CACHE_ARGUMENT
 
 from .settings import SETTINGS
 
 
-def generate(model, past_key_values=None, **arguments):
+def generate(model, cache=None, past_key_values=None, **arguments):
     """`generate` over an `LRSACache`; a model that was not under LRSA has its own attention back when this returns.
 
     Args:
         model: the causal LM that `generate` was called on.
-        past_key_values: an `LRSACache` to continue; a new one when not given.
+        cache: an `LRSACache` to continue; a new one when not given.
+        past_key_values: the same, by the name that it had before transformers 5.24.
         arguments: those of `generate`, whose result is returned.
 
     Raises:
         ValueError: for a cache of another kind, which would not be compressed.
     """
     config = LRSAConfig.from_dict(SETTINGS)
-    cache = LRSACache(config) if past_key_values is None else past_key_values
-    if not isinstance(cache, LRSACache):
-        raise ValueError(f"past_key_values must be an lrsa.LRSACache, got {type(cache).__name__}: leave it out.")
+    given = past_key_values if cache is None else cache
+    held = LRSACache(config) if given is None else given
+    if not isinstance(held, LRSACache):
+        raise ValueError(f"{CACHE_ARGUMENT} must be an lrsa.LRSACache, got {type(held).__name__}: leave it out.")
+    arguments[CACHE_ARGUMENT] = held
     if model.config._attn_implementation == "lrsa":
-        return _generate(model, past_key_values=cache, **arguments)
+        return _generate(model, **arguments)
     apply_lrsa(model, config)
     try:
-        return _generate(model, past_key_values=cache, **arguments)
+        return _generate(model, **arguments)
     finally:
         remove_lrsa(model)
 
