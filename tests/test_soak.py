@@ -36,7 +36,7 @@ while True:
     ids = torch.randint(3, len(tokenizer), (4, 60)) * mask
     options = {"max_new_tokens": 40, "do_sample": True, "pad_token_id": 0, "eos_token_id": None}
     with torch.no_grad():
-        model.generate(ids, attention_mask=mask, **{CACHE_ARGUMENT: new_cache()}, **options)
+        model.generate(ids, attention_mask=mask, past_key_values=new_cache(), **options)
     count += 1
     print(count, flush=True)
 """
