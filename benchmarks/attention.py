@@ -61,7 +61,7 @@ def dense_kernels(device: str) -> dict:
 def candidates(device: str, config: LRSAConfig) -> dict:
     found = dict(dense_kernels(device))
     for impl in IMPLEMENTATIONS:
-        if impl != "reference":
+        if impl != "reference" and (impl != "native" or device == "cpu"):
             found[impl] = lambda q, k, v, impl=impl: lrsa_attention(q, k, v, config, impl=impl)
     return found
 

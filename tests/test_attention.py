@@ -175,7 +175,7 @@ def test_auto_says_once_what_it_chose(caplog):
     with caplog.at_level(logging.INFO, logger="lrsa"):
         for _ in range(3):
             lrsa_attention(*states, LRSAConfig(2, 4, 1))
-    assert len(caplog.records) == 1 and "rectangles" in caplog.text
+    assert len(caplog.records) == 1 and "native" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lrsa import LRSAConfig, apply_lrsa, lrsa_attention, remove_lrsa
+from lrsa import LRSAConfig, apply_lrsa, lrsa_attention, remove_lrsa, select_tokens
+from lrsa.attention import kernels, native
 
 CONFIG = LRSAConfig(3, 8, 2)
 ROOT = Path(__file__).parents[1]
@@ -54,29 +55,33 @@ def test_operators_are_registered_rightly():
     """PyTorch's own check of custom operators: schema, autograd, fake tensors and tracing."""
     states = [torch.randn(1, heads, 60, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     torch.library.opcheck(torch.ops.lrsa.rectangles.default, (*states, 3, 8, 2, 1.0, "lag_relative", 0.3))
+    index = select_tokens(*states[1:], CONFIG).index
+    torch.library.opcheck(torch.ops.lrsa.native.default, (*states, index, 3, 8, 0.3))
 
 
-def test_selective_checkpointing_keeps_the_output(monkeypatch):
+@pytest.mark.parametrize(
+    ("impl", "module", "function"), [("native", native, "_call"), ("rectangles", kernels, "forward")]
+)
+def test_selective_checkpointing_keeps_the_output(impl, module, function, monkeypatch):
     """With the operator on the list of what to keep, the backward does not compute the attention again."""
-    from lrsa.attention import kernels
-
     calls = []
-    forward = kernels.forward
-    monkeypatch.setattr(kernels, "forward", lambda *args: calls.append(1) or forward(*args))
+    true_function = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *args: calls.append(args[0]) or true_function(*args))
     states = [torch.randn(1, heads, 60, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
 
     def layer(query, key, value):
-        return lrsa_attention(query.sin(), key.sin(), value.sin(), CONFIG)
+        return lrsa_attention(query.sin(), key.sin(), value.sin(), CONFIG, impl=impl)
 
     def policy(context, operator, *args, **kwargs):
-        keep = operator == torch.ops.lrsa.rectangles.default
+        keep = operator == getattr(torch.ops.lrsa, impl).default
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     def gradients(**options):
         calls.clear()
         out = checkpoint(layer, *states, use_reentrant=False, **options)
         once = len(calls)
-        return torch.autograd.grad(out.sum(), states), len(calls) / once
+        found = torch.autograd.grad(out.sum(), states)
+        return found, (len(calls) - calls.count("lrsa_backward")) / once
 
     plain, times = gradients()
     assert times == 2

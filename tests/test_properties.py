@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, lrsa_attention
 from lrsa.cache import CACHE_ARGUMENT
+from tests.attention_cases import FAST
 
 # Fixtures hold models and directories that examples share and do not change.
 common = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -66,15 +67,16 @@ dropped = []
 def test_attention_equals_its_reference(inputs, config):
     query, key, value, mask, positions = inputs
     options = {"position_ids": positions, "attention_mask": mask}
-    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    found = lrsa_attention(*leaves, config, impl="rectangles", **options)
     expected = lrsa_attention(query, key, value, config, impl="reference", **options)
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
-    assert torch.isfinite(found).all()
-    if mask is not None:
-        assert not found.transpose(1, 2)[mask == 0].any(), "padding attends to nothing"
-    if found.requires_grad:  # not where all is padding
-        assert all(torch.isfinite(x).all() for x in torch.autograd.grad(found.sum(), leaves))
+    for impl in FAST:
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        found = lrsa_attention(*leaves, config, impl=impl, **options)
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+        assert torch.isfinite(found).all()
+        if mask is not None:
+            assert not found.transpose(1, 2)[mask == 0].any(), "padding attends to nothing"
+        if found.requires_grad:  # not where all is padding
+            assert all(torch.isfinite(x).all() for x in torch.autograd.grad(found.sum(), leaves))
     dropped.append(config.compressed_windows(query.shape[2]) > 0 and mask is None and positions is None)
 
 

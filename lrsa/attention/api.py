@@ -10,13 +10,13 @@ import logging
 
 import torch
 
-from lrsa.attention import rectangles, reference
+from lrsa.attention import compiler, native, rectangles, reference
 from lrsa.attention.documents import attend_documents
 from lrsa.config import LRSAConfig
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = {"reference": reference.attend, "rectangles": rectangles.attend}
+IMPLEMENTATIONS = {"reference": reference.attend, "native": native.attend, "rectangles": rectangles.attend}
 
 
 def lrsa_attention(
@@ -38,7 +38,8 @@ def lrsa_attention(
         scale: factor of the scores before the softmax, `D ** -0.5` when `None`.
         position_ids: `[B, T]` or `[1, T]`; a row is cut into documents where they restart, as packing does.
         attention_mask: the 2D padding mask `[B, T]`, nonzero where a token is real; padding on any side.
-        impl: `"reference"` (dense mask, for tests), `"rectangles"`, or `"auto"`, which logs once what it chose.
+        impl: `"reference"` (dense mask, for tests), `"native"` (compiled, CPU), `"rectangles"` (PyTorch's own kernels,
+            any device), or `"auto"`, which logs once what it chose.
 
     Returns:
         `[B, H, T, D]` in the query's dtype; 0 at padding. Gradients flow to query, key and value.
@@ -49,20 +50,40 @@ def lrsa_attention(
     Source: LRSA, arXiv 2506.11498.
     """
     _check(query, key, value, position_ids, attention_mask, impl)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    attend = functools.partial(attend_rows, config=config, scale=scale, impl=impl)
+    return attend_documents(attend, query, key, value, attention_mask, position_ids)
+
+
+def attend_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: LRSAConfig, scale: float, impl: str = "auto"
+) -> torch.Tensor:
+    """`lrsa_attention` over rows without padding, unchecked; the queries are the last `T` of the `S` tokens of a row.
+
+    Args:
+        query: `[B, H, T, D]`; key, value: `[B, G, S, D]`, with `T <= S`.
+
+    Returns:
+        `[B, H, T, D]` in the query's dtype.
+    """
     if impl == "auto":
         impl = _choose(query.device.type, query.dtype)
-    attend = IMPLEMENTATIONS[impl]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attend_rows = functools.partial(attend, config=config, scale=scale)
-    return attend_documents(attend_rows, query, key, value, attention_mask, position_ids)
+    return IMPLEMENTATIONS[impl](query, key, value, config, scale)
 
 
 @functools.cache
 def _choose(device: str, dtype: torch.dtype) -> str:
-    logger.info(
-        "lrsa_attention(impl='auto') uses 'rectangles' on %s in %s: it needs no mask and no compiler", device, dtype
-    )
-    return "rectangles"
+    """What is fastest there (benchmarks/attention.py)."""
+    if device != "cpu":
+        logger.info("lrsa_attention uses 'rectangles' on %s in %s: large calls of vendors' kernels", device, dtype)
+        return "rectangles"
+    try:
+        native.library(dtype)
+    except (compiler.CompilerError, OSError) as error:
+        logger.warning("lrsa_attention uses 'rectangles', because 'native', which is faster, cannot be used: %s", error)
+        return "rectangles"
+    logger.info("lrsa_attention uses 'native' on a CPU in %s: compiled, and it computes no hidden pair", dtype)
+    return "native"
 
 
 def _check(query, key, value, position_ids, attention_mask, impl):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from lrsa.attention import rectangles
-from lrsa.attention.api import lrsa_attention
+from lrsa.attention.api import attend_rows, lrsa_attention
 from lrsa.cache.rows import RowsLayer
 from lrsa.config import LRSAConfig
 from lrsa.selection import select_tokens
@@ -45,7 +44,7 @@ class CompressedLayer(RowsLayer):
         return lrsa_attention(query, key, value, self.attention, **options)
 
     def _attend_behind(self, query, keys, values, seen: int, scale: float) -> torch.Tensor:
-        return rectangles.attend(query, keys, values, self.attention.replace(sink_size=self._far(seen)), scale)
+        return attend_rows(query, keys, values, self.attention.replace(sink_size=self._far(seen)), scale)
 
     def _in_order(self, states: torch.Tensor, seen: int) -> torch.Tensor:
         """What is held of rows of `seen` tokens, earliest first."""

@@ -1,0 +1,150 @@
+"""The compiled attention: tasks, panels and threads of any size, what is no number, machines without a compiler."""
+
+import logging
+
+import pytest
+import torch
+
+from lrsa import LRSAConfig, lrsa_attention
+from lrsa.attention import api, compiler, native
+from tests.attention_cases import assert_equal, inputs, run
+
+CONFIG = LRSAConfig(4, 16, 4)
+
+
+@pytest.fixture
+def no_memory():
+    """Neither what was compiled nor what was chosen is remembered, before the test and after it."""
+
+    def forget():
+        compiler.load.cache_clear()
+        api._choose.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tokens", "config"),
+    [
+        (8, 1, 700, LRSAConfig(5, 200, 50)),  # a window is more than one task
+        (12, 4, 300, LRSAConfig(0, 33, 7)),  # three heads share a KV head, windows are no multiple of anything
+        (1, 1, 260, LRSAConfig(70, 30, 29)),  # one head; a sink longer than two windows
+        (2, 1, 500, LRSAConfig(2, 2, 1)),  # windows shorter than a panel, more kept tokens than a block holds
+    ],
+)
+def test_tasks_and_blocks_of_any_size(heads, kv_heads, tokens, config):
+    states, grad = inputs(1, heads, kv_heads, tokens)
+    assert_equal(run(states, grad, config, impl="native"), run(states, grad, config, impl="reference"), 1e-11)
+
+
+@pytest.mark.parametrize("new", [1, 15, 17, 40, 99, 100])
+def test_fewer_queries_than_keys(new):
+    """The queries are the last of the row, as over a cache."""
+    (query, key, value), _ = inputs(2, 4, 2, 100)
+    for config in (CONFIG, LRSAConfig(0, 7, 3)):
+        found = native.attend(query[:, :, -new:], key, value, config, 0.3)
+        whole = lrsa_attention(query, key, value, config, scale=0.3, impl="reference")
+        torch.testing.assert_close(found, whole[:, :, -new:], atol=1e-12, rtol=0)
+
+
+def test_any_number_of_threads(threads):
+    """Fewer KV heads than threads share the windows: the parts add up, in the same order every time."""
+    states, grad = inputs(1, 4, 1, 400)
+    expected = run(states, grad, CONFIG, impl="reference")
+    for count in (1, 2, 3, 8):
+        threads(count)
+        first = run(states, grad, CONFIG, impl="native")
+        assert_equal(first, expected)
+        assert all(torch.equal(*pair) for pair in zip(first, run(states, grad, CONFIG, impl="native"), strict=True))
+
+
+def test_large_scores_and_no_numbers(threads):
+    """Scores of any size are finite; what is no number reaches every query that sees it, and no other KV head."""
+    (query, key, value), _ = inputs(1, 4, 2, 100, dtype=torch.float32)
+    large = [x.detach() * 1e3 for x in (query, key)]
+    found, expected = (lrsa_attention(*large, value, CONFIG, impl=impl) for impl in ("native", "reference"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for token in (0, 50, 99):
+        broken = query.detach().clone()
+        broken[0, 1, token] = float("nan")
+        bad = lrsa_attention(broken, key, value, CONFIG, impl="native").isnan().any(-1).nonzero().tolist()
+        assert bad == [[0, 1, token]]
+    broken = value.detach().clone()
+    broken[0, 1, 2] = float("nan")  # in the sink, which all see
+    bad = lrsa_attention(query, key, broken, CONFIG, impl="native").isnan().any(-1)
+    assert bad[0, 2:, 2:].all() and not bad[0, :2].any()
+
+
+def test_exponential():
+    """One query whose weights are powers of two over the whole range of fp32."""
+    config = LRSAConfig(0, 100, 1)
+    query = torch.ones(1, 1, 300, 1)
+    key = torch.linspace(-100, 0, 300).view(1, 1, 300, 1)
+    value = torch.eye(300)[None, None]
+    query, key = (torch.nn.functional.pad(x, (0, 299)) for x in (query, key))
+    found, truth = (
+        lrsa_attention(*(x.to(dtype) for x in (query, key, value)), config, scale=1.0, impl=impl)
+        for dtype, impl in ((torch.float32, "native"), (torch.float64, "reference"))
+    )
+    far = truth > 1e-36
+    allowed = 300 * torch.finfo(torch.float32).eps  # a score of up to 100 is rounded, and again times log2(e)
+    assert ((found[far] - truth[far]).abs() <= allowed * truth[far]).all()
+    assert (found[~far] < 2e-36).all()
+
+
+def test_without_a_compiler(no_memory, monkeypatch, caplog):
+    """Asked for by name it says what is missing; by itself it takes another implementation and says why, once."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    states, grad = inputs(1, 4, 2, 100)
+    expected = run(states, grad, CONFIG, impl="reference")
+    with pytest.raises(compiler.CompilerError, match=r"no-such-compiler.*install g\+\+ or clang"):
+        lrsa_attention(*states, CONFIG, impl="native")
+    with caplog.at_level(logging.WARNING, logger="lrsa"):
+        for _ in range(2):
+            assert_equal(run(states, grad, CONFIG), expected)
+    assert len(caplog.records) == 1 and "no-such-compiler" in caplog.text
+
+
+def test_a_compiler_that_fails_is_quoted(no_memory, monkeypatch, tmp_path):
+    script = tmp_path / "cxx"
+    script.write_text('#!/bin/sh\ncase "$*" in *-dM*) exit 0;; esac\necho "the disk is on fire" >&2\nexit 3\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(compiler.CompilerError, match=r"(?s)-O3.* failed:.the disk is on fire"):
+        native.library(torch.float32)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_where_the_library_lies(no_memory, monkeypatch, tmp_path, writable):
+    """In the cache folder, under a name that the source and the compiler decide; elsewhere when that is closed."""
+    home = tmp_path / "home"
+    if writable:
+        home.mkdir()
+    else:
+        home.write_text("a file, where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    states, grad = inputs(1, 4, 2, 100)
+    assert_equal(run(states, grad, CONFIG, impl="native"), run(states, grad, CONFIG, impl="reference"))
+    if writable:
+        (library,) = (home / "lrsa").iterdir()
+        made = library.stat().st_mtime_ns
+        compiler.load.cache_clear()
+        native.library(torch.float64)
+        assert library.stat().st_mtime_ns == made
+        native.library(torch.float32)
+        assert len(list((home / "lrsa").iterdir())) == 2
+
+
+def test_only_on_a_cpu():
+    states = [torch.empty(1, heads, 100, 8, device="meta") for heads in (4, 2, 2)]
+    with pytest.raises(ValueError, match="runs on a CPU, got tensors on meta"):
+        native.attend(*states, CONFIG, 0.3)
