@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from lrsa import LRSAConfig, lrsa_attention
+from lrsa import LRSAConfig, lrsa_attention, select_tokens
 from lrsa.attention import api, compiler, native
 from tests.attention_cases import assert_equal, inputs, run
 
@@ -78,10 +78,26 @@ def test_large_scores_and_no_numbers(threads):
         broken[0, 1, token] = float("nan")
         bad = lrsa_attention(broken, key, value, CONFIG, impl="native").isnan().any(-1).nonzero().tolist()
         assert bad == [[0, 1, token]]
-    broken = value.detach().clone()
+    broken = key.detach().clone()
     broken[0, 1, 2] = float("nan")  # in the sink, which all see
-    bad = lrsa_attention(query, key, broken, CONFIG, impl="native").isnan().any(-1)
-    assert bad[0, 2:, 2:].all() and not bad[0, :2].any()
+    for states in ((query, broken, value), (query, key, broken)):
+        bad = lrsa_attention(*states, CONFIG, impl="native").isnan().any(-1)
+        assert bad[0, 2:, 2:].all() and not bad[0, :2].any()
+
+
+def test_bf16_is_fp32_rounded_once():
+    """The kernel reads halves and computes in fp32: out and dq are the fp32 numbers, rounded to the nearest."""
+    states, grad = inputs(1, 4, 2, 200, 16, torch.bfloat16)
+    states = [x.detach() for x in states]
+    index = select_tokens(*states[1:], CONFIG).index
+    numbers = (CONFIG.sink_size, CONFIG.lag_size, 0.3)
+    exact = [x.float() for x in states]
+    out, lse = native._attend(*states, index, *numbers)
+    exact_out, exact_lse = native._attend(*exact, index, *numbers)
+    assert torch.equal(out, exact_out.bfloat16()) and torch.equal(lse, exact_lse)
+    grads = native._attend_backward(grad, *states, out, lse, index, *numbers)
+    exact_grads = native._attend_backward(grad.float(), *exact, out.float(), lse, index, *numbers)
+    assert all(torch.equal(x, y.bfloat16()) for x, y in zip(grads, exact_grads, strict=True))
 
 
 def test_exponential():

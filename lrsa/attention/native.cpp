@@ -99,8 +99,7 @@ static inline Vec exp2(Vec x) {
     constexpr int mantissa = sizeof(Real) == 4 ? 23 : 52;
     constexpr Real low = sizeof(Real) == 4 ? -126 : -1022;
     constexpr Real round = 1.5 * (int64_t(1) << mantissa);  // adding it leaves whole numbers
-    Vec bounded = x < low ? splat(low) : x;
-    Vec shifted = bounded + round, rest = bounded - (shifted - round);
+    Vec shifted = x + round, rest = x - (shifted - round);
     Vec power = splat(taylor.terms[DEGREE]);
     for (int n = DEGREE - 1; n >= 0; n--) power = power * rest + taylor.terms[n];
     IntVec bits = (IntVec)power + ((IntVec)shifted << mantissa);
