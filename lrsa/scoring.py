@@ -5,6 +5,9 @@ Shapes: B batch, G KV heads, S tokens of a row, W complete windows behind its si
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 
 from lrsa.config import LRSAConfig
@@ -31,11 +34,20 @@ def lag_relative_scores(keys: torch.Tensor, values: torch.Tensor, config: LRSACo
             "keys and values must be [batch, kv_heads, tokens, head_dim] of the same batch, heads and tokens, "
             f"got {tuple(keys.shape)} and {tuple(values.shape)}."
         )
+    if keys.is_cuda and has_triton():
+        from lrsa import scoring_triton
+
+        return scoring_triton.lag_relative_scores(keys.detach(), values.detach(), config)
     with torch.no_grad():
         scores = _window_softmax(keys, config)
         if config.value_weight:
             scores = scores + config.value_weight * _window_softmax(values, config)
     return scores
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _window_softmax(states: torch.Tensor, config: LRSAConfig) -> torch.Tensor:

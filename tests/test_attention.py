@@ -10,7 +10,7 @@ from benchmarks.memory import peak_bytes
 from lrsa import LRSAConfig, lrsa_attention
 from lrsa.attention import api, rectangles
 from lrsa.attention.documents import find_documents
-from tests.attention_cases import CONFIGS, FAST, assert_equal, inputs, run
+from tests.attention_cases import CONFIGS, EVERY, FAST, assert_equal, inputs, run
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -62,13 +62,13 @@ def test_keeping_everything_is_dense():
     states, grad = inputs(2, 4, 2, 100)
     dense = F.scaled_dot_product_attention(*states, is_causal=True, enable_gqa=True)
     expected = [dense.detach(), *torch.autograd.grad(dense, states, grad)]
-    for impl in api.IMPLEMENTATIONS:
+    for impl in EVERY:
         assert_equal(run(states, grad, LRSAConfig(4, 16, 16), impl=impl), expected)
         with pytest.raises(AssertionError):
             assert_equal(run(states, grad, LRSAConfig(4, 16, 15), impl=impl), expected)
 
 
-@pytest.mark.parametrize("impl", api.IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EVERY)
 @pytest.mark.parametrize("side", ["left", "right", "both", "hole"])
 def test_padded_row_equals_row_alone(impl, side):
     config = LRSAConfig(4, 8, 2)
@@ -94,7 +94,7 @@ def test_padded_row_equals_row_alone(impl, side):
             assert_equal([x * ~outside for x in wrong], found)
 
 
-@pytest.mark.parametrize("impl", api.IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EVERY)
 def test_packed_documents_equal_documents_alone(impl):
     config = LRSAConfig(4, 8, 2)
     lengths = [1, 50, 37, 1, 1, 20, 64, 3]
@@ -120,7 +120,7 @@ def earliest_change(config, impl, token, tokens=120):
     return (before != after).any(dim=(0, 1, 3)).nonzero()[0].item()
 
 
-@pytest.mark.parametrize("impl", api.IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EVERY)
 def test_causal(impl, monkeypatch):
     config = LRSAConfig(4, 8, 2)
     assert all(earliest_change(config, impl, token) == token for token in range(120))

@@ -54,7 +54,7 @@ def test_compiled_model(random_llama):
 def test_operators_are_registered_rightly():
     """PyTorch's own check of custom operators: schema, autograd, fake tensors and tracing."""
     states = [torch.randn(1, heads, 60, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
-    torch.library.opcheck(torch.ops.lrsa.rectangles.default, (*states, 3, 8, 2, 1.0, "lag_relative", 0.3))
+    torch.library.opcheck(torch.ops.lrsa.rectangles.default, (*states, 3, 8, 2, 1.0, "lag_relative", 0.3, "flash"))
     index = select_tokens(*states[1:], CONFIG).index
     torch.library.opcheck(torch.ops.lrsa.native.default, (*states, index, 3, 8, 0.3))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lrsa import select_tokens
+from lrsa import lrsa_attention, select_tokens
 from lrsa.attention import kernels, rectangles
 from lrsa.visibility import visible
 from tests.attention_cases import CONFIGS, assert_equal, inputs, run
@@ -50,18 +50,25 @@ def test_open_kernels_equal_vendor_kernels():
     query, key, value = (x.detach() for x in (query, key, value))
     for causal, queries, keys in ((True, 24, 24), (True, 16, 20), (False, 24, 11)):
         args = (query[:, :, :queries], key[:, :, :keys], value[:, :, :keys])
-        out, lse = kernels.forward(*args, causal, 0.3)
+        out, lse = kernels.forward(*args, causal, 0.3, "flash")
         assert_equal(kernels._plain_forward(*args, causal, 0.3), (out, lse))
-        vendor = kernels.backward(grad[:, :, :queries], *args, out, lse, causal, 0.3)
+        vendor = kernels.backward(grad[:, :, :queries], *args, out, lse, causal, 0.3, "flash")
         assert_equal(kernels._plain_backward(grad[:, :, :queries], *args, out, lse, causal, 0.3), vendor)
 
 
-def test_cuda_kernels_take_what_they_are_given():
+@pytest.mark.parametrize(("vendor", "device"), [("flash", "cuda"), ("cudnn", "meta")])
+def test_cuda_kernels_take_what_they_are_given(vendor, device):
     """No GPU is needed to check names, order and shapes of the arguments; the numbers are for a machine with one."""
     with FakeTensorMode():
-        query = torch.empty(3, 8, 24, 64, device="cuda", dtype=torch.bfloat16)
-        key = torch.empty(3, 2, 40, 64, device="cuda", dtype=torch.bfloat16)
-        out, lse = kernels.forward(query, key, key, False, 0.1)
+        query = torch.empty(3, 8, 24, 64, device=device, dtype=torch.bfloat16)
+        key = torch.empty(3, 2, 40, 64, device=device, dtype=torch.bfloat16)
+        out, lse = kernels.forward(query, key, key, False, 0.1, vendor)
         assert (out.shape, lse.shape, lse.dtype) == (query.shape, query.shape[:3], torch.float32)
-        grads = kernels.backward(out, query, key, key, out, lse, False, 0.1)
+        grads = kernels.backward(out, query, key, key, out, lse, False, 0.1, vendor)
         assert [x.shape for x in grads] == [query.shape, key.shape, key.shape]
+
+
+def test_cudnn_needs_a_gpu():
+    states, _ = inputs(1, 4, 2, 100)
+    with pytest.raises(ValueError, match=r"impl='cudnn' takes fp16 or bf16 on an NVIDIA GPU.*got torch.float64 on cpu"):
+        lrsa_attention(*states, CONFIGS[0], impl="cudnn")

@@ -10,13 +10,19 @@ import logging
 
 import torch
 
-from lrsa.attention import compiler, native, rectangles, reference
+from lrsa.attention import compiler, flex, native, rectangles, reference
 from lrsa.attention.documents import attend_documents
 from lrsa.config import LRSAConfig
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = {"reference": reference.attend, "native": native.attend, "rectangles": rectangles.attend}
+IMPLEMENTATIONS = {
+    "reference": reference.attend,
+    "native": native.attend,
+    "rectangles": rectangles.attend,
+    "cudnn": functools.partial(rectangles.attend, vendor="cudnn"),
+    "flex": flex.attend,
+}
 
 
 def lrsa_attention(
@@ -38,8 +44,9 @@ def lrsa_attention(
         scale: factor of the scores before the softmax, `D ** -0.5` when `None`.
         position_ids: `[B, T]` or `[1, T]`; a row is cut into documents where they restart, as packing does.
         attention_mask: the 2D padding mask `[B, T]`, nonzero where a token is real; padding on any side.
-        impl: `"reference"` (dense mask, for tests), `"native"` (compiled, CPU), `"rectangles"` (PyTorch's own kernels,
-            any device), or `"auto"`, which logs once what it chose.
+        impl: `"reference"` (dense mask, for tests), `"native"` (compiled, CPU), `"rectangles"` (pieces for PyTorch's
+            flash kernels, any device), or `"auto"`, which logs once what it chose. Not yet run on a GPU and chosen by
+            name only: `"cudnn"` (the same pieces for cuDNN) and `"flex"` (FlexAttention).
 
     Returns:
         `[B, H, T, D]` in the query's dtype; 0 at padding. Gradients flow to query, key and value.

@@ -1,4 +1,4 @@
-"""PyTorch's own flash kernels, called piece by piece: each gives its output and log-sum-exp, and a backward that takes
+"""Vendors' attention kernels, called piece by piece: each gives its output and log-sum-exp, and a backward that takes
 the output and log-sum-exp of *all* pieces together, which makes the gradients of the pieces add up to the whole.
 
 Shapes: B batch, H query heads, G KV heads, T queries, S keys, D head dim.
@@ -23,12 +23,17 @@ def sizes(query: torch.Tensor) -> tuple[int, int, bool]:
     return (64, 1024, True) if small else (2**30, 2**30, False)
 
 
-def forward(query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(query, key, value, causal: bool, scale: float, vendor: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend `[B, H, T, D]` over `[B, G, S, D]`: output like the query, log-sum-exp `[B, H, T]`, fp32 or fp64.
 
     With `causal`, the last `T` keys are the queries' own and none sees a later one. On a GPU such a piece has to be
-    square: vendors disagree on what causality means elsewhere.
+    square: vendors disagree on what causality means elsewhere. `vendor` is `"flash"` or, on NVIDIA GPUs, `"cudnn"`.
     """
+    if vendor == "cudnn":
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, causal, False, scale=scale
+        )
+        return out, lse.reshape(out.shape[:3])
     if _is_plain(query):
         return _plain_forward(query, key, value, causal, scale)
     if query.device.type == "cpu":
@@ -40,8 +45,17 @@ def forward(query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor
     return out, lse
 
 
-def backward(grad, query, key, value, out, lse, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
+def backward(grad, query, key, value, out, lse, causal: bool, scale: float, vendor: str) -> tuple[torch.Tensor, ...]:
     """Gradients for the query, key and value of one piece, given the output and log-sum-exp of all pieces."""
+    if vendor == "cudnn":
+        # PyTorch finds cuDNN's plan by the layout of query, key and value alone; the others must be laid out as its
+        # own forward would have made them, or a plan for another layout would read them wrongly.
+        grad, out = (torch.empty_like(query).copy_(x) for x in (grad, out))
+        none = query.new_zeros((), dtype=torch.int64)  # the state of dropout's random numbers
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            grad, query, key, value, out, lse.contiguous().unsqueeze(-1), none, none, None, None, None,
+            query.shape[2], key.shape[2], 0.0, causal, scale=scale,
+        )  # fmt: skip
     if _is_plain(query):
         return _plain_backward(grad, query, key, value, out, lse, causal, scale)
     if query.device.type == "cpu":
@@ -54,6 +68,19 @@ def backward(grad, query, key, value, out, lse, causal: bool, scale: float) -> t
         grad, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2],
         0.0, causal, state, state, scale=scale,
     )  # fmt: skip
+
+
+def check(vendor: str, query: torch.Tensor) -> None:
+    """Refuse what cuDNN cannot compute.
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    if vendor == "cudnn" and (not query.is_cuda or _is_plain(query)):
+        raise ValueError(
+            "impl='cudnn' takes fp16 or bf16 on an NVIDIA GPU and a head dim of 8, 16, ... 256, got "
+            f"{query.dtype} on {query.device.type} and {query.shape[-1]}: use impl='auto'."
+        )
 
 
 def _mask(query: torch.Tensor, key: torch.Tensor, causal: bool) -> torch.Tensor | None:

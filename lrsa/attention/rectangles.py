@@ -16,22 +16,33 @@ import torch
 import torch.nn.functional as F
 
 from lrsa.attention import kernels, sliding
+from lrsa.attention.merging import merge
 from lrsa.attention.pieces import Piece, pieces
 from lrsa.config import LRSAConfig
 from lrsa.selection import select_tokens
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: LRSAConfig, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    config: LRSAConfig,
+    scale: float,
+    vendor: str = "flash",
 ) -> torch.Tensor:
     """Attend over rows without padding; the queries are the last `T` of the `S` tokens of each row.
 
     Args:
         query: `[B, H, T, D]`; key, value: `[B, G, S, D]`, with `T <= S`.
+        vendor: whose kernels compute the pieces, `"flash"` or `"cudnn"`.
 
     Returns:
         `[B, H, T, D]` in the query's dtype. Memory grows linearly in `S`.
+
+    Raises:
+        ValueError: when the vendor's kernels cannot compute these tensors.
     """
+    kernels.check(vendor, query)
     tokens, length = query.shape[2], key.shape[2]
     if length <= config.dense_length or config.top_k == config.lag_size:
         return sliding.attend(query, key, value, length, scale)  # a window over everything
@@ -41,7 +52,7 @@ def attend(
     made_up = missing - config.sink_size if missing >= config.sink_size else missing
     if made_up:
         query = F.pad(query, (0, 0, made_up, 0))
-    return _attend(query, key, value, *_numbers(config), scale)[0][:, :, made_up:]
+    return _attend(query, key, value, *_numbers(config), scale, vendor)[0][:, :, made_up:]
 
 
 # Operators of their own, so that selective checkpointing can keep the output and compilers see one opaque call.
@@ -56,6 +67,7 @@ def _attend(
     value_weight: float,
     score: str,
     scale: float,
+    vendor: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output `[B, H, T, D]`, log-sum-exp `[1, B * H, T, 1]` and kept positions `[B, G, W - 1, K]`."""
     config = LRSAConfig(sink_size, lag_size, top_k, value_weight, score=score)
@@ -64,15 +76,14 @@ def _attend(
     exact = torch.promote_types(query.dtype, torch.float32)
     out, lse = _token_major(rows, exact), _token_major(rows[..., :1], exact)
     for piece, before in _plan(rows, states, config):
-        piece_out, piece_lse = kernels.forward(*_take(piece, before, rows, states), piece.causal, scale)
+        piece_out, piece_lse = kernels.forward(*_take(piece, before, rows, states), piece.causal, scale, vendor)
         piece_lse = piece_lse.unsqueeze(-1)
         out_part, lse_part = (_queries(x, piece, before) for x in (out, lse))
         if piece.causal:  # the first of its queries
             out_part.copy_(piece_out)
             lse_part.copy_(piece_lse)
         else:
-            out_part.lerp_(piece_out.to(exact), torch.sigmoid(piece_lse - lse_part))
-            lse_part.copy_(torch.logaddexp(lse_part, piece_lse))
+            merge(out_part, lse_part, piece_out, piece_lse)
     return out.to(query.dtype).reshape(query.shape), lse, index
 
 
@@ -91,6 +102,7 @@ def _attend_backward(
     value_weight: float,
     score: str,
     scale: float,
+    vendor: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value."""
     config = LRSAConfig(sink_size, lag_size, top_k, value_weight, score=score)
@@ -105,7 +117,7 @@ def _attend_backward(
         grad_part, out_part, lse_part, total = (_queries(x, piece, before) for x in (grad, out, lse, grad_rows))
         taken = _take(piece, before, rows, states)
         grad_query, *grad_states = kernels.backward(
-            grad_part, *taken, out_part, lse_part.squeeze(-1), piece.causal, scale
+            grad_part, *taken, out_part, lse_part.squeeze(-1), piece.causal, scale, vendor
         )
         if piece.causal:  # the first of its queries
             total.copy_(grad_query)
@@ -120,7 +132,7 @@ def _attend_backward(
 
 
 @_attend.register_fake
-def _(query, key, value, sink_size, lag_size, top_k, value_weight, score, scale):
+def _(query, key, value, sink_size, lag_size, top_k, value_weight, score, scale, vendor):
     exact = torch.promote_types(query.dtype, torch.float32)
     rows = query.new_empty(1, query.shape[0] * query.shape[1], *query.shape[2:])
     windows = (key.shape[2] - sink_size) // lag_size - 1

@@ -1,0 +1,173 @@
+"""Sparse attention by PyTorch's FlexAttention, over `[sink | kept | row]` under a mask that depends on lengths only.
+
+No merging and one kernel, compiled once for every length of a row: for rows of few lengths, on a GPU. Blocks of 128
+queries and 128 keys that hold no visible pair are skipped; which these are is computed from their numbers, because a
+dense mask of 128k x 160k would not fit.
+
+Shapes: B batch, H query heads, G KV heads, T tokens, D head dim; Q blocks of queries, C blocks of keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from lrsa.attention import sliding
+from lrsa.config import LRSAConfig
+from lrsa.selection import select_tokens
+
+BLOCK = 128
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: LRSAConfig, scale: float
+) -> torch.Tensor:
+    """Attend over whole rows without padding.
+
+    Args:
+        query: `[B, H, T, D]`; key, value: `[B, G, T, D]`.
+
+    Returns:
+        `[B, H, T, D]` in the query's dtype. On a CPU without gradients only, uncompiled, for tests.
+
+    Raises:
+        ValueError: when there are fewer queries than keys.
+    """
+    length = key.shape[2]
+    if length <= config.dense_length or config.top_k == config.lag_size:
+        return sliding.attend(query, key, value, length, scale)  # a window over everything
+    if query.shape[2] != length:
+        raise ValueError(f"impl='flex' takes whole rows, got {query.shape[2]} queries of {length}: use impl='auto'.")
+    layout = Layout(config.sink_size, config.lag_size, config.top_k, length)
+    index = select_tokens(key, value, config)
+    states = [layout.keys(x, index.gather(x)) for x in (key, value)]
+    run = _compiled() if query.is_cuda else flex_attention
+    out = run(
+        layout.queries(query),
+        *states,
+        block_mask=layout.mask(query.device),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    sink, body = config.sink_size, layout.sink
+    return torch.cat([out[:, :, :sink], out[:, :, body : body + length - sink]], dim=2)
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where sink, kept tokens and the row lie, each padded to whole blocks, so that windows begin where blocks do.
+
+    Queries are `[sink | row]`, keys `[sink | kept | row]`; the row is what comes behind the sink.
+    """
+
+    sink_size: int
+    lag_size: int
+    top_k: int
+    length: int
+
+    @property
+    def sink(self) -> int:
+        return _blocks(self.sink_size) * BLOCK
+
+    @property
+    def kept(self) -> int:
+        return _blocks(self._kept_tokens) * BLOCK
+
+    @property
+    def row(self) -> int:
+        return _blocks(self.length - self.sink_size) * BLOCK
+
+    @property
+    def _kept_tokens(self) -> int:
+        return max((self.length - self.sink_size) // self.lag_size - 1, 0) * self.top_k
+
+    def queries(self, states: torch.Tensor) -> torch.Tensor:
+        """`[B, H, T, D]` -> `[B, H, sink + row, D]`."""
+        return torch.cat([_padded(states[:, :, : self.sink_size], self.sink), self._row(states)], dim=2)
+
+    def keys(self, states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """`[B, G, T, D]` and the kept ones of them -> `[B, G, sink + kept + row, D]`."""
+        sink = _padded(states[:, :, : self.sink_size], self.sink)
+        return torch.cat([sink, _padded(kept, self.kept), self._row(states)], dim=2)
+
+    def _row(self, states: torch.Tensor) -> torch.Tensor:
+        return _padded(states[:, :, self.sink_size :], self.row)
+
+    def rule(self) -> Callable:
+        """The rule of `lrsa.visibility` for places in queries and keys, as FlexAttention asks for it."""
+        sink_size, lag_size, top_k, tokens = self.sink_size, self.lag_size, self.top_k, self._kept_tokens
+        sink, body = self.sink, self.sink + self.kept
+
+        def visible(batch, head, query, key):
+            row, kept, column = query - sink, key - sink, key - body
+            window = row // lag_size
+            in_sink = (key < sink_size) & ((row >= 0) | (key <= query))
+            in_kept = (row >= 0) & (kept >= 0) & (kept < tokens) & (kept // top_k <= window - 2)
+            in_row = (row >= 0) & (column >= 0) & (column <= row) & (window - column // lag_size <= 1)
+            return in_sink | in_kept | in_row
+
+        return visible
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  a layout is a few numbers
+    def mask(self, device: torch.device) -> BlockMask:
+        """Which blocks hold a visible pair, and which of them nothing else."""
+        some, every = self._blocks()
+        partial = some & ~every
+        counts, indices = zip(*(_ordered(x, device) for x in (partial, every)), strict=True)
+        return BlockMask.from_kv_blocks(
+            counts[0],
+            indices[0],
+            counts[1],
+            indices[1],
+            BLOCK_SIZE=BLOCK,
+            mask_mod=self.rule(),
+            seq_lengths=(self.sink + self.row, self.sink + self.kept + self.row),
+        )
+
+    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """bool `[Q, C]` twice: blocks with a visible pair, and blocks in which every pair is visible."""
+        query = torch.arange(0, self.sink + self.row, BLOCK)[:, None]
+        key = torch.arange(0, self.sink + self.kept + self.row, BLOCK)
+        is_row = query >= self.sink
+        row, column, kept = query - self.sink, key - self.sink - self.kept, key - self.sink
+        last_row, last_column, last_kept = row + BLOCK - 1, column + BLOCK - 1, kept + BLOCK - 1
+        in_sink, in_kept, in_row = key < self.sink, (kept >= 0) & (column < 0), column >= 0
+        lag = self.lag_size
+        some = (in_sink & (is_row | (key <= query))) | (
+            is_row
+            & (
+                (in_kept & (kept // self.top_k <= last_row // lag - 2))
+                | (in_row & (column <= last_row) & (row // lag - last_column // lag <= 1))
+            )
+        )
+        every = is_row & (
+            (in_sink & (key + BLOCK <= self.sink_size))
+            | (in_kept & (last_kept < self._kept_tokens) & (last_kept // self.top_k <= row // lag - 2))
+            | (in_row & (last_column <= row) & (last_row // lag - column // lag <= 1))
+        )
+        return some, every
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK)
+
+
+def _padded(states: torch.Tensor, length: int) -> torch.Tensor:
+    return F.pad(states, (0, 0, 0, length - states.shape[2]))
+
+
+def _ordered(blocks: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number of blocks for every block of queries `[1, 1, Q]`, and their indices first `[1, 1, Q, C]`."""
+    order = blocks.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    # All of one width: torch 2.11 reads the indices of full blocks with the strides of the others.
+    return tuple(x.to(torch.int32)[None, None].contiguous().to(device) for x in (blocks.sum(1), order))
