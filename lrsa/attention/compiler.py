@@ -10,12 +10,13 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fPIC", "-shared")
 
 
 class CompilerError(RuntimeError):
@@ -38,9 +39,13 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
         CompilerError: when it cannot be compiled.
     """
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
-    command = [_compiler(), *FLAGS, native, *(f"-D{definition}" for definition in definitions)]
-    macros = _run([command[0], native, "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256("\0".join([*command, macros, source.read_text()]).encode()).hexdigest()[:16]
+    compiler = _compiler()
+    macros = _run([*compiler, native, "-dM", "-E", "-x", "c++", os.devnull])
+    # GCC's OpenMP is PyTorch's, whose threads are shared then; with clang there would be two of them.
+    threads = "-pthread" if "__clang__" in macros else "-fopenmp"
+    command = [*compiler, *FLAGS, native, threads, *(f"-D{definition}" for definition in definitions)]
+    facts = [*command, macros, *platform.libc_ver(), source.read_text()]
+    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     library = _folder() / f"{source.stem}-{key}.so"
     if not library.exists():
         # Several processes may come here at once: each compiles a file of its own, and the last one's stays.
@@ -50,11 +55,11 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _compiler() -> str:
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in wanted:
-        if shutil.which(name):
-            return name
+def _compiler() -> list[str]:
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    for command in map(shlex.split, wanted):
+        if command and shutil.which(command[0]):
+            return command
     raise CompilerError(f"no C++ compiler was found ({', '.join(wanted)}): install g++ or clang++, or name one in CXX")
 
 

@@ -19,6 +19,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 using Real = REAL;
 
 #if defined(__AVX512F__)
@@ -409,10 +413,16 @@ static void in_parallel(const Problem &p, int64_t count, Work work) {
     auto run = [&](int64_t thread) {
         for (int64_t i; (i = next++) < count;) work(i, Scratch{p.scratch + thread * size});
     };
+    const int threads = std::min(p.threads, count);
+#ifdef _OPENMP  // the threads that PyTorch has already: those of its last operator still spin, and would be in the way
+    #pragma omp parallel num_threads(threads)
+    run(omp_get_thread_num());
+#else
     std::vector<std::thread> others;
-    for (int64_t thread = 1; thread < std::min(p.threads, count); thread++) others.emplace_back(run, thread);
+    for (int thread = 1; thread < threads; thread++) others.emplace_back(run, thread);
     run(0);
     for (auto &other : others) other.join();
+#endif
 }
 
 extern "C" int64_t lrsa_scratch(const Problem *p) { return scratch_size(*p) * p->threads; }
