@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.memory import peak_bytes
 from lrsa import LRSAConfig, lrsa_attention, select_tokens
+from lrsa.attention.api import IMPLEMENTATIONS
 
 
 def pairs(length: int, config: LRSAConfig) -> int:
@@ -57,9 +58,9 @@ def dense_kernels(device: str) -> dict:
     return {"dense cudnn": using(SDPBackend.CUDNN_ATTENTION), "dense flash": using(SDPBackend.FLASH_ATTENTION)}
 
 
-def candidates(device: str, config: LRSAConfig) -> dict:
+def candidates(device: str, config: LRSAConfig, impls: list[str]) -> dict:
     found = dict(dense_kernels(device))
-    for impl in ("native", "rectangles") if device == "cpu" else ("rectangles", "cudnn", "flex"):
+    for impl in impls:
         found[impl] = lambda q, k, v, impl=impl: lrsa_attention(q, k, v, config, impl=impl)
     return found
 
@@ -95,10 +96,12 @@ def working(runs: dict, states, grad) -> dict:
     for name, run in runs.items():
         try:
             measure(run, states, grad, True)
-        except (RuntimeError, ValueError) as error:
-            print(f"{name} failed at {states[0].shape[2]} tokens: {error}", file=sys.stderr, flush=True)
+        except Exception as error:  # whatever a kernel or its compiler says
+            print(f"{name} failed at {states[0].shape[2]} tokens: {error!r:.500}", file=sys.stderr, flush=True)
         else:
             found[name] = run
+    if not any(name.startswith("dense") for name in found):
+        raise SystemExit("no dense kernel ran, so there is nothing to compare with")
     return found
 
 
@@ -112,7 +115,7 @@ def run_cell(options, length: int, config: LRSAConfig) -> list[dict]:
         torch.randn(options.batch, h, length, options.head_dim, device=options.device, dtype=dtype, requires_grad=g)
         for h, g in shapes
     )
-    runs = working(candidates(options.device, config), states, grad)
+    runs = working(candidates(options.device, config, options.impls), states, grad)
     times = {(name, backward): [] for name in runs for backward in (False, True)}
     selection = []
     for round_ in range(options.rounds + 1):
@@ -225,11 +228,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--impls", nargs="+", choices=list(IMPLEMENTATIONS), help="default: all fast ones of the device"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()
     options.heads = tuple(map(int, options.heads.split("/")))
+    options.impls = options.impls or (
+        ["native", "rectangles"] if options.device == "cpu" else ["rectangles", "cudnn", "flex"]
+    )
     return options
+
+
+def name_of_machine(options) -> str:
+    return torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor()} CPU"
+
+
+def write(options, rows: list[dict]) -> None:
+    """After every cell, so that a run that is cut off leaves what it has."""
+    facts = {"machine": name_of_machine(options), "torch": torch.__version__}
+    facts |= {"options": {k: str(v) for k, v in vars(options).items()}, "rows": with_slopes(rows)}
+    (options.out / "attention.json").write_text(json.dumps(facts, indent=1))
+    (options.out / "attention.md").write_text(table(rows))
 
 
 def main() -> None:
@@ -243,14 +264,8 @@ def main() -> None:
             found = run_cell(options, length, config)
             rows += found
             print("\n".join(table(found).splitlines()[2:]), flush=True)
-    rows = with_slopes(rows)
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor()} CPU"
-    facts = {
-        "machine": machine, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()},
-        "rows": rows,
-    }  # fmt: skip
-    (options.out / "attention.json").write_text(json.dumps(facts, indent=1))
-    (options.out / "attention.md").write_text(table(rows))
+            write(options, rows)
+    machine = name_of_machine(options)
     draw(rows, options.out / "attention.png")
     print(f"\n{machine}, torch {torch.__version__}, {options.threads} threads, {options.dtype}, heads {options.heads}")
     print(table(rows))

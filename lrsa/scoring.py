@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
+import os
+import shutil
 
 import torch
 
 from lrsa.config import LRSAConfig
+
+logger = logging.getLogger(__name__)
 
 
 def lag_relative_scores(keys: torch.Tensor, values: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
@@ -47,7 +52,13 @@ def lag_relative_scores(keys: torch.Tensor, values: torch.Tensor, config: LRSACo
 
 @functools.cache
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton can compile here: besides the package it needs a C compiler."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return True
+    logger.warning("lrsa scores and merges step by step, which is slower: Triton needs gcc or clang, or one in CC.")
+    return False
 
 
 def _window_softmax(states: torch.Tensor, config: LRSAConfig) -> torch.Tensor:

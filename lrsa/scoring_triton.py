@@ -1,7 +1,7 @@
-"""The scores of `lrsa.scoring` in one kernel on a GPU: keys and values are read once, nothing but scores is written.
+"""The scores of `lrsa.scoring` in one kernel on a GPU: nothing but scores is written.
 
-Computed step by step, scoring passes over fp32 copies of keys and values about twelve times, 10 to 50% of the time of
-attention; it is bound by memory, so that one pass is what there is to gain.
+Computed step by step, scoring passes over fp32 copies of keys and values about twelve times. Here every window is read
+as a window and as the reference of the one before it, the second time mostly from a cache.
 
 Shapes: B batch, G KV heads, S tokens of a row, W complete windows behind its sink, L = lag_size, D head dim.
 """
@@ -25,23 +25,24 @@ def lag_relative_scores(keys: torch.Tensor, values: torch.Tensor, config: LRSACo
     if not scores.numel():
         return scores
     tokens = triton.next_power_of_2(config.lag_size)
-    _score[(windows, batch * kv_heads)](
-        keys,
-        values,
-        scores,
-        keys.stride(),
-        values.stride(),
-        kv_heads,
-        windows,
-        config.sink_size,
-        config.value_weight,
-        config.lag_size,
-        keys.shape[3],
-        values.shape[3],
-        tokens,
-        max(TILE // tokens, 8),
-        num_warps=8,
-    )
+    with torch.cuda.device_of(keys):  # where Triton launches
+        _score[(windows, batch * kv_heads)](
+            keys,
+            values,
+            scores,
+            keys.stride(),
+            values.stride(),
+            kv_heads,
+            windows,
+            config.sink_size,
+            config.value_weight,
+            config.lag_size,
+            keys.shape[3],
+            values.shape[3],
+            tokens,
+            max(TILE // tokens, 4),
+            num_warps=8,
+        )
     return scores
 
 

@@ -34,7 +34,7 @@ def test_blocks_hold_what_the_rule_says(config, tokens):
     query = torch.arange(layout.sink + layout.row)[:, None]
     key = torch.arange(layout.sink + layout.kept + layout.row)
     pairs = layout.rule()(0, 0, query, key).unflatten(1, (-1, flex.BLOCK)).unflatten(0, (-1, flex.BLOCK))
-    some, every = layout._blocks()
+    some, every = layout.blocks()
     assert torch.equal(some, pairs.any(3).any(1))
     assert not (every & ~pairs.all(3).all(1)).any()
     behind_sink = slice(layout.sink // flex.BLOCK, None)

@@ -49,11 +49,13 @@ def test_tasks_and_blocks_of_any_size(heads, kv_heads, tokens, config):
 @pytest.mark.parametrize("new", [1, 15, 17, 40, 99, 100])
 def test_fewer_queries_than_keys(new):
     """The queries are the last of the row, as over a cache."""
-    (query, key, value), _ = inputs(2, 4, 2, 100)
+    states, grad = inputs(2, 4, 2, 100)
+    query, key, value = states
     for config in (CONFIG, LRSAConfig(0, 7, 3)):
         found = native.attend(query[:, :, -new:], key, value, config, 0.3)
-        whole = lrsa_attention(query, key, value, config, scale=0.3, impl="reference")
-        torch.testing.assert_close(found, whole[:, :, -new:], atol=1e-12, rtol=0)
+        expected = lrsa_attention(*states, config, scale=0.3, impl="reference")[:, :, -new:]
+        outs = [[out, *torch.autograd.grad(out, states, grad[:, :, -new:])] for out in (found, expected)]
+        assert_equal(*outs)
 
 
 def test_any_number_of_threads(threads):
@@ -67,7 +69,19 @@ def test_any_number_of_threads(threads):
         assert all(torch.equal(*pair) for pair in zip(first, run(states, grad, CONFIG, impl="native"), strict=True))
 
 
-def test_large_scores_and_no_numbers(threads):
+def test_padded_panels_weigh_nothing():
+    """Scores far below zero: a padding query of score 0 would outweigh all others by 2^128, which is no number."""
+    (*_, value), grad = inputs(1, 1, 1, 100, dtype=torch.float32)
+    for size in (92.65, 93.0, 300.0, 1e4):
+        states = [torch.zeros(1, 1, 100, 8) for _ in "qk"]
+        states[0][..., 0], states[1][..., 0] = -size, 1.0
+        leaves = [x.requires_grad_() for x in (*states, value.detach().clone())]
+        found, expected = (run(leaves, grad, CONFIG, impl=impl, scale=1.0) for impl in ("native", "reference"))
+        for one, other in zip(found, expected, strict=True):  # a score of that size is rounded to eps times it
+            assert (one - other).norm() <= 4 * torch.finfo(torch.float32).eps * size * (1 + other.norm())
+
+
+def test_large_scores_and_no_numbers():
     """Scores of any size are finite; what is no number reaches every query that sees it, and no other KV head."""
     (query, key, value), _ = inputs(1, 4, 2, 100, dtype=torch.float32)
     large = [x.detach() * 1e3 for x in (query, key)]
@@ -158,6 +172,20 @@ def test_where_the_library_lies(no_memory, monkeypatch, tmp_path, writable):
         assert library.stat().st_mtime_ns == made
         native.library(torch.float32)
         assert len(list((home / "lrsa").iterdir())) == 2
+
+
+def test_dtypes_that_differ():
+    states = [torch.randn(1, heads, 100, 8) for heads in (4, 2, 2)]
+    states[1] = states[1].bfloat16()
+    with pytest.raises(ValueError, match=r"one dtype of .*got torch.float32, torch.bfloat16 and torch.float32"):
+        lrsa_attention(*states, CONFIG, impl="native")
+
+
+def test_empty_batch():
+    states = [torch.randn(0, heads, 100, 8, requires_grad=True) for heads in (4, 2, 2)]
+    out = lrsa_attention(*states, CONFIG, impl="native")
+    assert out.shape == (0, 4, 100, 8)
+    assert all(x.shape == y.shape for x, y in zip(torch.autograd.grad(out.sum(), states), states, strict=True))
 
 
 def test_only_on_a_cpu():

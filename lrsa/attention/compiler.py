@@ -28,7 +28,7 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
     """The compiled library of a C++ file.
 
     Args:
-        source: the file.
+        source: the file; it may include headers that lie beside it.
         definitions: macros, `NAME=value`.
 
     Returns:
@@ -38,21 +38,43 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
     Raises:
         CompilerError: when it cannot be compiled.
     """
-    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
     compiler = _compiler()
+    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
     macros = _run([*compiler, native, "-dM", "-E", "-x", "c++", os.devnull])
-    # GCC's OpenMP is PyTorch's, whose threads are shared then; with clang there would be two of them.
+    # GCC's OpenMP is the one of PyTorch's own builds, so that threads are shared; clang's would be a second one.
     threads = "-pthread" if "__clang__" in macros else "-fopenmp"
-    command = [*compiler, *FLAGS, native, threads, *(f"-D{definition}" for definition in definitions)]
-    facts = [*command, macros, *platform.libc_ver(), source.read_text()]
-    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
-    library = _folder() / f"{source.stem}-{key}.so"
+    command = [*compiler, *FLAGS, native, threads, *(f"-D{definition}" for definition in definitions), str(source)]
+    texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*command[:-1], macros, *platform.libc_ver(), *texts]).encode()).hexdigest()
+    name = f"{source.stem}-{key[:16]}.so"
+    try:
+        return _load(command, _cache(), name)
+    except OSError:  # no home, a full or read-only disk: compiled again by the next process
+        with tempfile.TemporaryDirectory(prefix="lrsa-") as folder:
+            return _load(command, Path(folder), name)
+
+
+def _load(command: list[str], folder: Path, name: str) -> ctypes.CDLL:
+    library = folder / name
     if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         # Several processes may come here at once: each compiles a file of its own, and the last one's stays.
-        unfinished = library.with_name(f"{library.name}.{os.getpid()}")
-        _run([*command, "-o", str(unfinished), str(source)])
-        unfinished.replace(library)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as file:
+            unfinished = Path(file.name)
+        try:
+            _run([*command, "-o", str(unfinished)])
+            unfinished.chmod(0o755)
+            unfinished.replace(library)
+        finally:
+            unfinished.unlink(missing_ok=True)
     return ctypes.CDLL(str(library))
+
+
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrsa"
+    except RuntimeError as error:
+        raise OSError("this user has no home") from error
 
 
 def _compiler() -> list[str]:
@@ -63,20 +85,8 @@ def _compiler() -> list[str]:
     raise CompilerError(f"no C++ compiler was found ({', '.join(wanted)}): install g++ or clang++, or name one in CXX")
 
 
-def _folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "lrsa"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="lrsa-"))  # compiled again by the next process
-
-
 def _run(command: list[str]) -> str:
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
-        raise CompilerError(f"{' '.join(command)} failed:\n{found.stderr.strip()[:2000]}")
+        raise CompilerError(f"{shlex.join(command)} failed:\n{found.stderr.strip()[:2000]}")
     return found.stdout

@@ -1,6 +1,7 @@
 """Sparse attention by PyTorch's FlexAttention, over `[sink | kept | row]` under a mask that depends on lengths only.
 
-No merging and one kernel, compiled once for every length of a row: for rows of few lengths, on a GPU. Blocks of 128
+No merging and one kernel, compiled anew for every length, number of rows and dtype: for rows of few lengths (PyTorch
+stops at 8 and says so; `torch._dynamo.config.recompile_limit` is that number), on a GPU. Blocks of 128
 queries and 128 keys that hold no visible pair are skipped; which these are is computed from their numbers, because a
 dense mask of 128k x 160k would not fit.
 
@@ -46,7 +47,7 @@ def attend(
     layout = Layout(config.sink_size, config.lag_size, config.top_k, length)
     index = select_tokens(key, value, config)
     states = [layout.keys(x, index.gather(x)) for x in (key, value)]
-    run = _compiled() if query.is_cuda else flex_attention
+    run = flex_attention if query.device.type == "cpu" else _compiled()
     out = run(
         layout.queries(query),
         *states,
@@ -60,7 +61,8 @@ def attend(
 
 @functools.cache
 def _compiled():
-    return torch.compile(flex_attention, dynamic=False)
+    # In one graph: else, past the limit of compilations, PyTorch would go on with scores of T x T.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,15 @@ class Layout:
 
     @property
     def sink(self) -> int:
-        return _blocks(self.sink_size) * BLOCK
+        return _count(self.sink_size) * BLOCK
 
     @property
     def kept(self) -> int:
-        return _blocks(self._kept_tokens) * BLOCK
+        return _count(self._kept_tokens) * BLOCK
 
     @property
     def row(self) -> int:
-        return _blocks(self.length - self.sink_size) * BLOCK
+        return _count(self.length - self.sink_size) * BLOCK
 
     @property
     def _kept_tokens(self) -> int:
@@ -118,10 +120,11 @@ class Layout:
 
         return visible
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019  a layout is a few numbers
+    @functools.lru_cache(maxsize=8)  # noqa: B019  a layout is a few numbers
+    @torch.inference_mode(False)  # what is kept may be used in training later
     def mask(self, device: torch.device) -> BlockMask:
         """Which blocks hold a visible pair, and which of them nothing else."""
-        some, every = self._blocks()
+        some, every = self.blocks()
         partial = some & ~every
         counts, indices = zip(*(_ordered(x, device) for x in (partial, every)), strict=True)
         return BlockMask.from_kv_blocks(
@@ -134,7 +137,7 @@ class Layout:
             seq_lengths=(self.sink + self.row, self.sink + self.kept + self.row),
         )
 
-    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """bool `[Q, C]` twice: blocks with a visible pair, and blocks in which every pair is visible."""
         query = torch.arange(0, self.sink + self.row, BLOCK)[:, None]
         key = torch.arange(0, self.sink + self.kept + self.row, BLOCK)
@@ -158,7 +161,7 @@ class Layout:
         return some, every
 
 
-def _blocks(tokens: int) -> int:
+def _count(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 

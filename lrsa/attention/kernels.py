@@ -29,7 +29,7 @@ def forward(query, key, value, causal: bool, scale: float, vendor: str) -> tuple
     With `causal`, the last `T` keys are the queries' own and none sees a later one. On a GPU such a piece has to be
     square: vendors disagree on what causality means elsewhere. `vendor` is `"flash"` or, on NVIDIA GPUs, `"cudnn"`.
     """
-    if vendor == "cudnn":
+    if _is_cudnn(vendor, query, key):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, causal, False, scale=scale
         )
@@ -47,7 +47,7 @@ def forward(query, key, value, causal: bool, scale: float, vendor: str) -> tuple
 
 def backward(grad, query, key, value, out, lse, causal: bool, scale: float, vendor: str) -> tuple[torch.Tensor, ...]:
     """Gradients for the query, key and value of one piece, given the output and log-sum-exp of all pieces."""
-    if vendor == "cudnn":
+    if _is_cudnn(vendor, query, key):
         # PyTorch finds cuDNN's plan by the layout of query, key and value alone; the others must be laid out as its
         # own forward would have made them, or a plan for another layout would read them wrongly.
         grad, out = (torch.empty_like(query).copy_(x) for x in (grad, out))
@@ -81,6 +81,11 @@ def check(vendor: str, query: torch.Tensor) -> None:
             "impl='cudnn' takes fp16 or bf16 on an NVIDIA GPU and a head dim of 8, 16, ... 256, got "
             f"{query.dtype} on {query.device.type} and {query.shape[-1]}: use impl='auto'."
         )
+
+
+def _is_cudnn(vendor: str, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """cuDNN takes no piece of a single query or key; flash does."""
+    return vendor == "cudnn" and query.shape[2] > 1 and key.shape[2] > 1
 
 
 def _mask(query: torch.Tensor, key: torch.Tensor, causal: bool) -> torch.Tensor | None:

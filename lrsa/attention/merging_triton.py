@@ -15,21 +15,22 @@ ROWS = 64  # queries of a program
 def merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
     """As `lrsa.attention.merging.merge`, for tensors on a GPU."""
     blocks, heads, queries, channels = out.shape
-    _merge[(triton.cdiv(queries, ROWS), blocks * heads)](
-        out,
-        lse,
-        new_out,
-        new_lse,
-        out.stride(),
-        lse.stride(),
-        new_out.stride(),
-        new_lse.stride(),
-        heads,
-        queries,
-        channels,
-        ROWS,
-        triton.next_power_of_2(channels),
-    )
+    with torch.cuda.device_of(out):  # where Triton launches
+        _merge[(blocks * heads, triton.cdiv(queries, ROWS))](
+            out,
+            lse,
+            new_out,
+            new_lse,
+            out.stride(),
+            lse.stride(),
+            new_out.stride(),
+            new_lse.stride(),
+            heads,
+            queries,
+            channels,
+            ROWS,
+            triton.next_power_of_2(channels),
+        )
 
 
 @triton.jit
@@ -48,9 +49,9 @@ def _merge(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    block = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    block = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channel = tl.arange(0, CHANNELS)[None, :]
     real = row < queries
     both = real[:, None] & (channel < channels)

@@ -4,42 +4,30 @@
 // far windows and the window before; of their own window each sees up to itself. The visible keys are gathered by
 // position, a block at a time, and multiplied with the queries, a panel at a time, as in flash attention. The scores of
 // a panel lie keys by queries, so that a vector holds one key's scores for several queries and the softmax needs no sum
-// across a vector. Queries that pad a panel are copies of the last one and are never written back.
+// across a vector. What pads a panel behind its last query is zero, weighs nothing and is never written back.
 //
-// REAL, float or double, is what is computed in; the tensors hold REAL or, with float, bf16.
+// The tensors hold Real, float or double, or with float also bf16.
 // Shapes: B batch, H query heads, G KV heads, T queries, S tokens of a row, D head dim.
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-using Real = REAL;
+#include "products.h"
 
-#if defined(__AVX512F__)
-constexpr int BYTES = 64, WIDE = 4, TALL = 6;  // of a vector; vectors and rows of a product that stay in registers
-#elif defined(__AVX__)
-constexpr int BYTES = 32, WIDE = 2, TALL = 6;
-#else
-constexpr int BYTES = 16, WIDE = 4, TALL = 6;
-#endif
-constexpr int LANES = BYTES / sizeof(Real);
 constexpr int PANEL = 64;    // queries multiplied at a time
 constexpr int BLOCK = 96;    // keys gathered at a time
 constexpr int ROWS = 1024;   // queries of all heads in a task, at most
-
-using Int = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
-typedef Real Vec __attribute__((vector_size(BYTES), aligned(sizeof(Real)), may_alias));
-typedef Int IntVec __attribute__((vector_size(BYTES), aligned(sizeof(Real)), may_alias));
 
 struct Bf16 {
     uint16_t bits;
@@ -76,79 +64,6 @@ struct Problem {
     int64_t group() const { return heads / kv_heads; }
     int64_t padded() const { return (channels + LANES - 1) / LANES * LANES; }
 };
-
-// ------------------------------------------------------------------------------------------------------------ vectors
-
-static inline Vec splat(Real x) { return x - Vec{}; }
-static inline Vec &vec(Real *x) { return *reinterpret_cast<Vec *>(x); }
-static inline const Vec &vec(const Real *x) { return *reinterpret_cast<const Vec *>(x); }
-
-constexpr int DEGREE = sizeof(Real) == 4 ? 7 : 13;
-
-struct Taylor {  // of 2^x around 0
-    Real terms[DEGREE + 1];
-
-    constexpr Taylor() : terms{} {
-        double term = 1;
-        for (int n = 0; n <= DEGREE; n++) {
-            terms[n] = Real(term);
-            term *= 0.693147180559945309417232 / (n + 1);
-        }
-    }
-};
-
-// 2^x for x up to 127; 0 where it would be subnormal.
-static inline Vec exp2(Vec x) {
-    constexpr Taylor taylor;
-    constexpr int mantissa = sizeof(Real) == 4 ? 23 : 52;
-    constexpr Real low = sizeof(Real) == 4 ? -126 : -1022;
-    constexpr Real round = 1.5 * (int64_t(1) << mantissa);  // adding it leaves whole numbers
-    Vec shifted = x + round, rest = x - (shifted - round);
-    Vec power = splat(taylor.terms[DEGREE]);
-    for (int n = DEGREE - 1; n >= 0; n--) power = power * rest + taylor.terms[n];
-    IntVec bits = (IntVec)power + ((IntVec)shifted << mantissa);
-    return x >= low ? (Vec)bits : x < low ? Vec{} : x;  // NaN stays what it is
-}
-
-// ----------------------------------------------------------------------------------------------------------- products
-
-// C[i, n] (+)= sum over k of a(i, k) B[k, n] for MR rows and NV vectors; a(i, k) is A[i, k], or A[k, i] when TURNED.
-template <int MR, int NV, bool TURNED>
-static inline void corner(int depth, const Real *a, int64_t lda, const Real *b, int64_t ldb, Real *c, int64_t ldc,
-                          bool add) {
-    Vec sum[MR][NV];
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NV; j++) sum[i][j] = add ? vec(c + i * ldc + j * LANES) : Vec{};
-    for (int k = 0; k < depth; k++) {
-        Vec row[NV];
-        for (int j = 0; j < NV; j++) row[j] = vec(b + k * ldb + j * LANES);
-        for (int i = 0; i < MR; i++) {
-            Vec factor = splat(TURNED ? a[k * lda + i] : a[i * lda + k]);
-            for (int j = 0; j < NV; j++) sum[i][j] += factor * row[j];
-        }
-    }
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NV; j++) vec(c + i * ldc + j * LANES) = sum[i][j];
-}
-
-template <int NV, bool TURNED>
-static void strip(int rows, int depth, const Real *a, int64_t lda, const Real *b, int64_t ldb, Real *c, int64_t ldc,
-                  bool add) {
-    const int64_t step = TURNED ? 1 : lda;
-    for (; rows >= TALL; rows -= TALL, a += TALL * step, c += TALL * ldc)
-        corner<TALL, NV, TURNED>(depth, a, lda, b, ldb, c, ldc, add);
-    for (; rows >= 2; rows -= 2, a += 2 * step, c += 2 * ldc) corner<2, NV, TURNED>(depth, a, lda, b, ldb, c, ldc, add);
-    if (rows) corner<1, NV, TURNED>(depth, a, lda, b, ldb, c, ldc, add);
-}
-
-template <bool TURNED>
-static void multiply(int rows, int columns, int depth, const Real *a, int64_t lda, const Real *b, int64_t ldb, Real *c,
-                     int64_t ldc, bool add) {
-    int j = 0;
-    for (; j + WIDE * LANES <= columns; j += WIDE * LANES)
-        strip<WIDE, TURNED>(rows, depth, a, lda, b + j, ldb, c + j, ldc, add);
-    for (; j < columns; j += LANES) strip<1, TURNED>(rows, depth, a, lda, b + j, ldb, c + j, ldc, add);
-}
 
 // -------------------------------------------------------------------------------------------------------------- tasks
 
@@ -275,16 +190,17 @@ static void give(const Problem &p, const Tensor &x, const Task &task, const Pane
 constexpr double LOG2E = 1.44269504088896340736;
 
 struct Scratch {  // the parts of a thread's scratch, one after the other
-    Real *next;
+    Real *next, *end;
 
     Real *take(int64_t size) {
         Real *found = next;
+        if (size > end - next) std::abort();  // scratch_size and its users disagree
         next += size;
         return found;
     }
 };
 
-// What a panel keeps from block to block, in multiples of PANEL; the larger of the two attentions.
+// All that a thread needs, in elements: the backward's parts, which are more than the forward's.
 static int64_t scratch_size(const Problem &p) {
     const int64_t queries = std::max<int64_t>(ROWS, p.group()), panels = (queries + PANEL - 1) / PANEL;
     return panels * PANEL * (5 * p.padded() + 2) + PANEL * p.padded() + 4 * BLOCK * p.padded() + 2 * BLOCK * PANEL;
@@ -361,7 +277,7 @@ static void backward(const Problem &p, const Task &task, Real *grad_key, Real *g
         take<Element>(p, p.grad, task, panels[i], grad + i * rows, 1, grad_turned + i * size, 1);
         take<Element>(p, p.out, task, panels[i], nullptr, 0, out, 1);
         for (int r = 0; r < PANEL; r++) {
-            lse[i * PANEL + r] = p.lse[panels[i].places[r]];
+            lse[i * PANEL + r] = r < panels[i].rows ? p.lse[panels[i].places[r]] : std::numeric_limits<Real>::infinity();
             delta[i * PANEL + r] = 0;
         }
         for (int64_t d = 0; d < p.channels; d++)
@@ -408,10 +324,11 @@ static void backward(const Problem &p, const Task &task, Real *grad_key, Real *g
 // Calls work(i, scratch) for every i below `count`.
 template <class Work>
 static void in_parallel(const Problem &p, int64_t count, Work work) {
+    if (!count) return;
     const int64_t size = scratch_size(p);
     std::atomic<int64_t> next{0};
     auto run = [&](int64_t thread) {
-        for (int64_t i; (i = next++) < count;) work(i, Scratch{p.scratch + thread * size});
+        for (int64_t i; (i = next++) < count;) work(i, Scratch{p.scratch + thread * size, p.scratch + (thread + 1) * size});
     };
     const int threads = std::min(p.threads, count);
 #ifdef _OPENMP  // the threads that PyTorch has already: those of its last operator still spin, and would be in the way

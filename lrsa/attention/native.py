@@ -17,6 +17,7 @@ from lrsa.config import LRSAConfig
 from lrsa.selection import select_tokens
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def attend(
@@ -28,14 +29,21 @@ def attend(
         query: `[B, H, T, D]`; key, value: `[B, G, S, D]`, with `T <= S`; on a CPU.
 
     Returns:
-        `[B, H, T, D]` in the query's dtype. Memory grows linearly in `S`.
+        `[B, H, T, D]` in the query's dtype. Memory grows linearly in `S`; with fewer KV heads than threads, the
+        backward holds gradients of keys and values for every thread.
 
     Raises:
-        ValueError: when the tensors are not on a CPU.
+        ValueError: when the tensors are not on a CPU, or of other dtypes.
         CompilerError: when there is no C++ compiler.
     """
-    if query.device.type != "cpu":
-        raise ValueError(f"impl='native' runs on a CPU, got tensors on {query.device.type}: use impl='auto'.")
+    devices = {x.device.type for x in (query, key, value)}
+    if devices != {"cpu"}:
+        raise ValueError(f"impl='native' runs on a CPU, got tensors on {', '.join(sorted(devices))}: use impl='auto'.")
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in DTYPES:
+        raise ValueError(
+            f"query, key and value must have one dtype of {', '.join(map(str, DTYPES))}, "
+            f"got {query.dtype}, {key.dtype} and {value.dtype}: convert them."
+        )
     length = key.shape[2]
     if length <= config.dense_length or config.top_k == config.lag_size:
         return sliding.attend(query, key, value, length, scale)  # a window over everything
@@ -80,9 +88,7 @@ def _attend_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value."""
-    heads, threads = key.shape[0] * key.shape[1], torch.get_num_threads()
-    # A head's keys are added to by one thread at a time. Fewer heads than threads are divided into parts, summed here.
-    parts = next(n for n in range(1, threads + 1) if heads * n % threads == 0 or heads * n >= 4 * threads)
+    parts = _parts(key.shape[0] * key.shape[1], torch.get_num_threads())
     grad_query = _like(query)
     grad_key, grad_value = (key.new_zeros(parts, *key.shape, dtype=_exact(key)) for _ in range(2))
     states = {"query": query, "key": key, "value": value, "out": out, "lse": lse, "index": index, "grad": grad}
@@ -113,6 +119,16 @@ def _backward(ctx, grad, grad_lse):
 
 
 _attend.register_autograd(_backward, setup_context=_setup)
+
+
+def _parts(heads: int, threads: int) -> int:
+    """Parts that the windows of a head are divided into in the backward, each with gradients of its keys of its own.
+
+    One thread at a time adds to a part, in an order that does not depend on timing.
+    """
+    if 0 < heads < threads:
+        return -(-threads // heads)
+    return 1 if heads % threads == 0 or heads >= 4 * threads else 2
 
 
 def _exact(states: torch.Tensor) -> torch.dtype:
