@@ -187,31 +187,41 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Time and peak memory against length, both axes logarithmic."""
+    """Time, as a ratio to dense within the same rounds, and peak memory, both against length."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    series = {}
-    for row in rows:
-        dense = row["name"].startswith("dense")
-        label = row["name"] if dense else f"{row['name']} lag {row['lag_size']}, top_k {row['top_k']}"
-        series.setdefault(label, {})[row["length"]] = (row["both"]["ms"], row["peak_mib"])
-    for label, points in series.items():
-        lengths = sorted(points)
-        for axis, part in zip(axes, (0, 1), strict=True):
-            axis.plot(lengths, [points[n][part] for n in lengths], marker="o", label=label, ls="-"
-                      if not label.startswith("dense") else "--")  # fmt: skip
-    for axis, title in zip(axes, ("forward + backward, ms", "peak memory beyond the inputs, MiB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=title)
-        axis.set_xticks(
-            sorted({r["length"] for r in rows}), [f"{r // 1024}k" for r in sorted({r["length"] for r in rows})]
-        )
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    settings = sorted({(r["lag_size"], r["top_k"]) for r in rows}, reverse=True)
+    sparse = sorted({r["name"] for r in rows if not r["name"].startswith("dense")})
+    lengths = sorted({r["length"] for r in rows})
+    for lag, top_k in settings:
+        cells = [r for r in rows if (r["lag_size"], r["top_k"]) == (lag, top_k)]
+        colour = f"C{settings.index((lag, top_k))}"
+        bound = {r["length"]: r["bound"] for r in cells}
+        label = f"fewer pairs, lag {lag}, top_k {top_k}"
+        speed.plot(list(bound), list(bound.values()), color=colour, ls=":", label=label)
+        for name in sparse:
+            own = [r for r in cells if r["name"] == name]
+            x, ratio = [r["length"] for r in own], [r["both"]["ratio"] for r in own]
+            spread = [[abs(r["both"]["ratio"] - r["both"][end]) for r in own] for end in ("lowest", "highest")]
+            style = {"color": colour, "marker": "os^v"[sparse.index(name)], "ls": ("-", "--", "-.")[sparse.index(name)]}
+            speed.errorbar(x, ratio, spread, capsize=2, label=f"{name}, lag {lag}, top_k {top_k}", **style)
+            memory.plot(x, [r["peak_mib"] for r in own], label=f"{name}, lag {lag}, top_k {top_k}", **style)
+    for name in sorted({r["name"] for r in rows if r["name"].startswith("dense")}):
+        peak = {r["length"]: r["peak_mib"] for r in rows if r["name"] == name}
+        memory.plot(list(peak), list(peak.values()), color="black", marker="x", label=name)
+    speed.axhline(1, color="black", lw=1)
+    speed.set(title="times as fast as dense, forward + backward", ylim=(0, None))
+    memory.set(title="peak memory beyond the inputs, MiB", yscale="log")
+    for axis in (speed, memory):
+        axis.set(xscale="log", xlabel="tokens")
+        axis.set_xticks(lengths, [f"{n / 1024:g}k" for n in lengths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=150)
 
 
