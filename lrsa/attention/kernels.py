@@ -105,9 +105,11 @@ def _exact_where_faster(*states: torch.Tensor, columns: int) -> tuple[torch.Tens
 
 
 def _is_plain(query: torch.Tensor) -> bool:
-    """Flash on CUDA takes half precision and head dims of 8, 16, ... 256; the rest is computed in the open."""
+    """Flash on CUDA takes half precision and head dims of 8, 16, ... 256; the rest is computed in the open, and all on
+    other accelerators."""
     half, channels = query.dtype in (torch.float16, torch.bfloat16), query.shape[-1]
-    return query.device.type != "cpu" and (not half or channels > 256 or channels % 8 != 0)
+    device = query.device.type
+    return device != "cpu" and (device != "cuda" or not half or channels > 256 or channels % 8 != 0)
 
 
 def _plain_forward(query, key, value, causal, scale):
