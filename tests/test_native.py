@@ -1,6 +1,7 @@
 """The compiled attention: tasks, panels and threads of any size, what is no number, machines without a compiler."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,6 +187,16 @@ def test_empty_batch():
     out = lrsa_attention(*states, CONFIG, impl="native")
     assert out.shape == (0, 4, 100, 8)
     assert all(x.shape == y.shape for x, y in zip(torch.autograd.grad(out.sum(), states), states, strict=True))
+
+
+def test_the_wheel_ships_the_sources():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
+    package = Path(native.__file__).parents[1]
+    settings = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    shipped = settings["tool"]["setuptools"]["package-data"]["lrsa"]
+    others = [f for f in package.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")]
+    assert len(others) >= 2
+    assert all(any(f.match(f"lrsa/{pattern}") for pattern in shipped) for f in others), others
 
 
 def test_only_on_a_cpu():
