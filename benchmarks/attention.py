@@ -7,6 +7,8 @@ Every round runs all candidates one after the other, so that whatever else the m
 taken within a round, and the median and the spread (lowest and highest) of the rounds are reported. The bound is the
 number of query-key pairs of dense causal attention over that of LRSA. "Share" is the measured ratio over the bound; it
 passes 100% where a pair costs less than it does in the best dense kernel. A candidate that fails is named and left out.
+"Slope" is that of log time against log length from the next shorter length, "select" the selection alone, "peak" the
+memory beyond the inputs, "kernel" what took most of the time.
 """
 
 from __future__ import annotations
@@ -201,7 +203,7 @@ def draw(rows: list[dict], path: Path) -> None:
         cells = [r for r in rows if (r["lag_size"], r["top_k"]) == (lag, top_k)]
         colour = f"C{settings.index((lag, top_k))}"
         bound = {r["length"]: r["bound"] for r in cells}
-        label = f"fewer pairs, lag {lag}, top_k {top_k}"
+        label = f"bound, lag {lag}, top_k {top_k}"
         speed.plot(list(bound), list(bound.values()), color=colour, ls=":", label=label)
         for name in sparse:
             own = [r for r in cells if r["name"] == name]
@@ -252,7 +254,15 @@ def parse() -> argparse.Namespace:
 
 
 def name_of_machine(options) -> str:
-    return torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor()} CPU"
+    if options.device == "cuda":
+        return torch.cuda.get_device_name()
+    facts = Path("/proc/cpuinfo")
+    models = (
+        [line.split(": ")[1] for line in facts.read_text().splitlines() if "model name" in line]
+        if facts.exists()
+        else []
+    )
+    return f"{(models or [platform.processor()])[0]} CPU"
 
 
 def write(options, rows: list[dict]) -> None:

@@ -184,6 +184,11 @@ def test_auto_says_once_what_it_chose(caplog):
         ({"impl": "flash"}, "impl must be 'auto' or one of 'reference'"),
         ({"key": torch.randn(1, 3, 30, 8)}, "key and value must have one shape"),
         ({"query": torch.randn(1, 4, 29, 8)}, "LRSACache"),
+        (
+            {"key": torch.randn(1, 2, 30, 8).half()},
+            "one dtype and be on one device, got .*float32 on cpu, torch.float16",
+        ),
+        ({"value": torch.randn(1, 2, 30, 8, device="meta")}, "torch.float32 on cpu, torch.float32 on meta: convert"),
         ({"query": torch.randn(1, 3, 30, 8)}, r"query heads \(3\) must be a multiple of KV heads \(2\)"),
         ({"query": torch.randn(4, 30, 8)}, "got 3D and 4D"),
         ({"attention_mask": torch.ones(1, 1, 30, 30)}, r"2D padding mask \[1, 30\], got \(1, 1, 30, 30\)"),

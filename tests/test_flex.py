@@ -58,3 +58,9 @@ def test_only_whole_rows():
     states, _ = inputs(1, 4, 2, 400)
     with pytest.raises(ValueError, match=r"takes whole rows, got 10 queries of 400"):
         flex.attend(states[0][:, :, :10], *states[1:], LRSAConfig(4, 16, 4), 0.3)
+
+
+def test_no_gradients_on_a_cpu():
+    states, _ = inputs(1, 4, 2, 400)
+    with pytest.raises(ValueError, match="no gradients on a CPU: use impl='auto'"):
+        lrsa_attention(*states, LRSAConfig(4, 16, 4), impl="flex")

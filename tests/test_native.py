@@ -137,12 +137,39 @@ def test_without_a_compiler(no_memory, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     states, grad = inputs(1, 4, 2, 100)
     expected = run(states, grad, CONFIG, impl="reference")
-    with pytest.raises(compiler.CompilerError, match=r"no-such-compiler.*install g\+\+ or clang"):
+    with pytest.raises(compiler.CompilerError, match=r"CXX is 'no-such-compiler', which is no command: unset it"):
         lrsa_attention(*states, CONFIG, impl="native")
     with caplog.at_level(logging.WARNING, logger="lrsa"):
         for _ in range(2):
             assert_equal(run(states, grad, CONFIG), expected)
     assert len(caplog.records) == 1 and "no-such-compiler" in caplog.text
+
+
+def test_no_compiler_at_all(no_memory, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(compiler.CompilerError, match=r"no C\+\+ compiler was found: install g\+\+"):
+        native.library(torch.float32)
+
+
+def test_a_library_that_was_cut_off_is_made_anew(no_memory, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library(torch.float64)
+    (library,) = (tmp_path / "lrsa").iterdir()
+    library.unlink()  # what is loaded stays loaded, whatever lies there next
+    library.write_bytes(b"")
+    compiler.load.cache_clear()
+    states, grad = inputs(1, 4, 2, 100)
+    assert_equal(run(states, grad, CONFIG, impl="native"), run(states, grad, CONFIG, impl="reference"))
+    assert [file.stat().st_size > 1000 for file in (tmp_path / "lrsa").iterdir()] == [True]
+
+
+def test_a_compiler_that_makes_nothing(no_memory, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(compiler.CompilerError, match=r"what true made cannot be loaded: .*check CXX"):
+        native.library(torch.float32)
+    assert not list((tmp_path / "lrsa").iterdir())
 
 
 def test_a_compiler_that_fails_is_quoted(no_memory, monkeypatch, tmp_path):
@@ -178,8 +205,10 @@ def test_where_the_library_lies(no_memory, monkeypatch, tmp_path, writable):
 def test_dtypes_that_differ():
     states = [torch.randn(1, heads, 100, 8) for heads in (4, 2, 2)]
     states[1] = states[1].bfloat16()
-    with pytest.raises(ValueError, match=r"one dtype of .*got torch.float32, torch.bfloat16 and torch.float32"):
-        lrsa_attention(*states, CONFIG, impl="native")
+    with pytest.raises(ValueError, match=r"must have one dtype, got torch.float32, torch.bfloat16 and torch.float32"):
+        native.attend(*states, CONFIG, 0.3)
+    with pytest.raises(ValueError, match=r"fp16, bf16, fp32 or fp64, got torch.int64"):
+        native.attend(*(x.long() for x in (states[0], states[0], states[0])), CONFIG, 0.3)
 
 
 def test_empty_batch():

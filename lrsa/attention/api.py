@@ -46,13 +46,13 @@ def lrsa_attention(
         attention_mask: the 2D padding mask `[B, T]`, nonzero where a token is real; padding on any side.
         impl: `"reference"` (dense mask, for tests), `"native"` (compiled, CPU), `"rectangles"` (pieces for PyTorch's
             flash kernels, any device), or `"auto"`, which logs once what it chose. Not yet run on a GPU and chosen by
-            name only: `"cudnn"` (the same pieces for cuDNN) and `"flex"` (FlexAttention).
+            name only: `"cudnn"` (the same pieces for cuDNN) and `"flex"` (FlexAttention; on a CPU without gradients).
 
     Returns:
         `[B, H, T, D]` in the query's dtype; 0 at padding. Gradients flow to query, key and value.
 
     Raises:
-        ValueError: when shapes or `impl` cannot be used.
+        ValueError: when shapes, dtypes, devices or `impl` cannot be used.
 
     Source: LRSA, arXiv 2506.11498.
     """
@@ -102,6 +102,9 @@ def _check(query, key, value, position_ids, attention_mask, impl):
         )
     if key.shape != value.shape:
         raise ValueError(f"key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}.")
+    if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
+        found = ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))
+        raise ValueError(f"query, key and value must have one dtype and be on one device, got {found}: convert them.")
     batch, heads, tokens, channels = query.shape
     if (batch, tokens, channels) != (key.shape[0], key.shape[2], key.shape[3]):
         raise ValueError(

@@ -49,25 +49,35 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
     name = f"{source.stem}-{key[:16]}.so"
     try:
         return _load(command, _cache(), name)
-    except OSError:  # no home, a full or read-only disk: compiled again by the next process
+    except OSError:  # no home, a full disk, one that is read-only or runs nothing: compiled again by the next process
         with tempfile.TemporaryDirectory(prefix="lrsa-") as folder:
-            return _load(command, Path(folder), name)
+            try:
+                return _load(command, Path(folder), name)
+            except OSError as error:
+                raise CompilerError(f"what {compiler[0]} made cannot be loaded: {error}; check CXX") from error
 
 
 def _load(command: list[str], folder: Path, name: str) -> ctypes.CDLL:
     library = folder / name
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Several processes may come here at once: each compiles a file of its own, and the last one's stays.
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as file:
-            unfinished = Path(file.name)
+    if library.exists():
         try:
-            _run([*command, "-o", str(unfinished)])
-            unfinished.chmod(0o755)
-            unfinished.replace(library)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    return ctypes.CDLL(str(library))
+            return ctypes.CDLL(str(library))
+        except OSError:
+            pass  # cut off, or of another system: compiled anew
+    folder.mkdir(parents=True, exist_ok=True)
+    # Several processes may come here at once: each compiles a file of its own, and the last one's stays.
+    handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".so")
+    os.close(handle)
+    try:
+        _run([*command, "-o", unfinished])
+        loaded = ctypes.CDLL(unfinished)
+        with open(unfinished, "rb") as written:  # on the disk before it has its name, lest it be found cut off
+            os.fsync(written.fileno())
+        os.chmod(unfinished, 0o755)
+        os.replace(unfinished, library)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return loaded
 
 
 def _cache() -> Path:
@@ -78,11 +88,15 @@ def _cache() -> Path:
 
 
 def _compiler() -> list[str]:
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    for command in map(shlex.split, wanted):
-        if command and shutil.which(command[0]):
-            return command
-    raise CompilerError(f"no C++ compiler was found ({', '.join(wanted)}): install g++ or clang++, or name one in CXX")
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    if wanted:
+        if shutil.which(wanted[0]):
+            return wanted
+        raise CompilerError(f"CXX is {shlex.join(wanted)!r}, which is no command: unset it or name a C++ compiler")
+    for name in ("g++", "c++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise CompilerError("no C++ compiler was found: install g++ (or clang++), or name one in CXX")
 
 
 def _run(command: list[str]) -> str:

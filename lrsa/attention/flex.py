@@ -11,6 +11,7 @@ Shapes: B batch, H query heads, G KV heads, T tokens, D head dim; Q blocks of qu
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ def attend(
         `[B, H, T, D]` in the query's dtype. On a CPU without gradients only, uncompiled, for tests.
 
     Raises:
-        ValueError: when there are fewer queries than keys.
+        ValueError: when there are fewer queries than keys, or gradients are asked for on a CPU.
     """
     length = key.shape[2]
     if length <= config.dense_length or config.top_k == config.lag_size:
@@ -47,14 +48,18 @@ def attend(
     layout = Layout(config.sink_size, config.lag_size, config.top_k, length)
     index = select_tokens(key, value, config)
     states = [layout.keys(x, index.gather(x)) for x in (key, value)]
-    run = flex_attention if query.device.type == "cpu" else _compiled()
-    out = run(
-        layout.queries(query),
-        *states,
-        block_mask=layout.mask(query.device),
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        raise ValueError("impl='flex' has no gradients on a CPU: use impl='auto', or torch.no_grad().")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")  # on a CPU it is for tests
+        out = (flex_attention if on_cpu else _compiled())(
+            layout.queries(query),
+            *states,
+            block_mask=layout.mask(query.device),
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
     sink, body = config.sink_size, layout.sink
     return torch.cat([out[:, :, :sink], out[:, :, body : body + length - sink]], dim=2)
 

@@ -17,7 +17,6 @@ from lrsa.config import LRSAConfig
 from lrsa.selection import select_tokens
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def attend(
@@ -39,10 +38,13 @@ def attend(
     devices = {x.device.type for x in (query, key, value)}
     if devices != {"cpu"}:
         raise ValueError(f"impl='native' runs on a CPU, got tensors on {', '.join(sorted(devices))}: use impl='auto'.")
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in DTYPES:
+    if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
-            f"query, key and value must have one dtype of {', '.join(map(str, DTYPES))}, "
-            f"got {query.dtype}, {key.dtype} and {value.dtype}: convert them."
+            f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}: convert them."
+        )
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"impl='native' takes fp16, bf16, fp32 or fp64, got {query.dtype}: convert query, key and value."
         )
     length = key.shape[2]
     if length <= config.dense_length or config.top_k == config.lag_size:
