@@ -5,6 +5,7 @@ It needs a C++ compiler and nothing else: what is compiled is called through cty
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -60,10 +61,8 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
 def _load(command: list[str], folder: Path, name: str) -> ctypes.CDLL:
     library = folder / name
     if library.exists():
-        try:
+        with contextlib.suppress(OSError):  # cut off, or of another system: compiled anew below
             return ctypes.CDLL(str(library))
-        except OSError:
-            pass  # cut off, or of another system: compiled anew
     folder.mkdir(parents=True, exist_ok=True)
     # Several processes may come here at once: each compiles a file of its own, and the last one's stays.
     handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".so")
