@@ -112,14 +112,15 @@ class Layout:
 
     def rule(self) -> Callable:
         """The rule of `lrsa.visibility` for places in queries and keys, as FlexAttention asks for it."""
-        sink_size, lag_size, top_k, tokens = self.sink_size, self.lag_size, self.top_k, self._kept_tokens
+        sink_size, lag_size, top_k = self.sink_size, self.lag_size, self.top_k
         sink, body = self.sink, self.sink + self.kept
 
         def visible(batch, head, query, key):
             row, kept, column = query - sink, key - sink, key - body
             window = row // lag_size
             in_sink = (key < sink_size) & ((row >= 0) | (key <= query))
-            in_kept = (row >= 0) & (kept >= 0) & (kept < tokens) & (kept // top_k <= window - 2)
+            # What lies behind the kept tokens would be of windows that no query is two windows behind.
+            in_kept = (row >= 0) & (kept >= 0) & (kept // top_k <= window - 2)
             in_row = (row >= 0) & (column >= 0) & (column <= row) & (window - column // lag_size <= 1)
             return in_sink | in_kept | in_row
 
@@ -160,7 +161,7 @@ class Layout:
         )
         every = is_row & (
             (in_sink & (key + BLOCK <= self.sink_size))
-            | (in_kept & (last_kept < self._kept_tokens) & (last_kept // self.top_k <= row // lag - 2))
+            | (in_kept & (last_kept // self.top_k <= row // lag - 2))
             | (in_row & (last_column <= row) & (last_row // lag - column // lag <= 1))
         )
         return some, every
