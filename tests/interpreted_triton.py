@@ -19,6 +19,7 @@ from tests.test_scoring import golden
         ((1, 2, 300, 64), LRSAConfig(5, 64, 5, value_weight=0.5), torch.bfloat16),
         ((2, 1, 64, 16), LRSAConfig(3, 5, 2, value_weight=0.0), torch.float64),
         ((1, 1, 50, 1), LRSAConfig(2, 8, 2), torch.float32),
+        ((1, 1, 1600, 40), LRSAConfig(3, 512, 2), torch.float32),  # channels in several steps
         ((1, 1, 20, 8), LRSAConfig(2, 16, 2), torch.float32),  # nothing to score
     ],
 )
