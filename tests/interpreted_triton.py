@@ -28,7 +28,8 @@ def test_scores(shape, config, dtype):
     batch, heads, tokens, channels = shape
     keys = torch.randn(batch, tokens, heads, channels).to(dtype).transpose(1, 2)  # as models lay them out
     values = torch.randn(shape).to(dtype) * 100 - 1000
-    keys[..., channels // 2] = 3.0  # a constant channel
+    second = config.sink_size + config.lag_size
+    keys[:, :, second : second + config.lag_size, channels // 2] = 3.0  # constant in a reference, not in its window
     found, expected = (f(keys, values, config) for f in (scoring_triton.lag_relative_scores, lag_relative_scores))
     assert found.dtype == torch.float32 and torch.isfinite(found).all()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
