@@ -41,7 +41,20 @@ def test_non_contiguous_states_and_scale(impl):
 
 
 @pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_that_are_not_neighbours(impl):
+    """Every second channel of wider states, and the gradient of a sum, whose elements are all the same place."""
+    config = LRSAConfig(4, 16, 4)
+    states, _ = inputs(2, 4, 2, 70)
+    wide = [torch.stack([x.detach(), -x.detach()], -1).flatten(-2).requires_grad_() for x in states]
+    found = {}
+    for name in (impl, "reference"):
+        out = lrsa_attention(*(x[..., ::2] for x in wide), config, impl=name)
+        found[name] = [out.detach(), *torch.autograd.grad(out.sum(), wide)]
+    assert_equal(found[impl], found["reference"])
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision(impl, dtype):
     """The truth is fp64 of the same rounded inputs; the budget is twice the error of the reference in that precision.
 
@@ -54,6 +67,7 @@ def test_low_precision(impl, dtype):
     budget = run(states, grad, config, impl="reference")
     found = run(states, grad, config, impl=impl)
     for name, true, eager, fast in zip(("out", "dq", "dk", "dv"), truth, budget, found, strict=True):
+        assert fast.dtype == dtype, name
         allowed = 2 * (eager.double() - true).norm()
         assert (fast.double() - true).norm() <= allowed, name
 

@@ -82,6 +82,13 @@ def test_padded_panels_weigh_nothing():
             assert (one - other).norm() <= 4 * torch.finfo(torch.float32).eps * size * (1 + other.norm())
 
 
+def test_no_thread_is_left_without_work():
+    for heads, threads in ((1, 2), (2, 2), (3, 2), (2, 7), (8, 64), (64, 8), (0, 4)):
+        parts = native._parts(heads, threads)
+        assert heads == 0 or heads * parts >= threads
+        assert heads * parts < 2 * max(heads, threads) or parts == 2  # memory: gradients of keys for every part
+
+
 def test_large_scores_and_no_numbers():
     """Scores of any size are finite; what is no number reaches every query that sees it, and no other KV head."""
     (query, key, value), _ = inputs(1, 4, 2, 100, dtype=torch.float32)
