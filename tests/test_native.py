@@ -171,6 +171,20 @@ def test_a_library_that_was_cut_off_is_made_anew(no_memory, monkeypatch, tmp_pat
     assert [file.stat().st_size > 1000 for file in (tmp_path / "lrsa").iterdir()] == [True]
 
 
+def test_what_changed_is_compiled_anew(no_memory, monkeypatch, tmp_path):
+    """The source, a header beside it and a macro: an update never meets what an older version left."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, header = tmp_path / "sum.cpp", tmp_path / "part.h"
+    answers = []
+    for text, part, macro in (("0", 1, 1), ("10", 1, 1), ("10", 2, 1), ("10", 2, 5), ("0", 1, 1)):
+        source.write_text(f'#include "part.h"\nextern "C" int sum() {{ return {text} + PART + MACRO; }}')
+        header.write_text(f"#define PART {part}")
+        compiler.load.cache_clear()
+        answers.append(compiler.load(source, f"MACRO={macro}").sum())
+    assert answers == [2, 12, 13, 17, 2]
+    assert len(list((tmp_path / "cache/lrsa").iterdir())) == 4
+
+
 def test_a_compiler_that_makes_nothing(no_memory, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "true")
