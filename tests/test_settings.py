@@ -251,6 +251,9 @@ def test_the_configurations_of_the_repository_load_from_anywhere(tmp_path, monke
     settings = load_settings(name)
     assert settings.train["deepspeed"].endswith("zero2.json")
     assert settings.lrsa.dense_length < settings.data.context_length
+    copy = tmp_path / "mine.yaml"
+    copy.write_text((REPOSITORY / "configs" / name).read_text())
+    assert load_settings(str(copy)).to_yaml() == settings.to_yaml(), "a copy elsewhere finds what the original finds"
 
 
 def test_the_stored_settings_load_again_as_the_same(load, tmp_path):

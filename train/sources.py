@@ -89,8 +89,11 @@ def find_config(config: str) -> Path:
 
 
 def find_file(name: str, config: Path) -> Path | None:
-    """An existing path for a name in a configuration: seen from here, from its file, or from the repository."""
-    for base in (Path.cwd(), config.resolve().parent, REPOSITORY):
+    """An existing path for a name in a configuration: seen from here, from its file, or from the repository.
+
+    From the repository's configs/ as well, so that a copy of a file there finds what lies beside the original.
+    """
+    for base in (Path.cwd(), config.resolve().parent, REPOSITORY, REPOSITORY / "configs"):
         path = base / Path(name).expanduser()
         if path.exists():
             return Path(os.path.abspath(path))
