@@ -184,7 +184,7 @@ def test_rows_without_a_real_token():
 
 
 def test_auto_says_once_what_it_chose(caplog):
-    api._choose.cache_clear()
+    api.choose.cache_clear()
     states, _ = inputs(1, 4, 2, 30)
     with caplog.at_level(logging.INFO, logger="lrsa"):
         for _ in range(3):

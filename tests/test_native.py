@@ -19,7 +19,7 @@ def no_memory():
 
     def forget():
         compiler.load.cache_clear()
-        api._choose.cache_clear()
+        api.choose.cache_clear()
 
     forget()
     yield

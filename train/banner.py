@@ -13,12 +13,15 @@ from rich.panel import Panel
 from rich.table import Table
 
 from data import DataReport
+from lrsa.attention.api import choose
 from lrsa.hf import sliding_windows
 from train.estimate import Plan, plan_run, shape_of, this_device
 from train.estimate.report import memory_line, time_line
 from train.sections import ObjectiveSettings
 from train.settings import RunSettings
 from train.trainer import LRSATrainer, kept_tokens
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def print_banner(console: Console, settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> None:
@@ -100,7 +103,8 @@ def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:
     skipped += f", {sliding} of {len(windows)} layers keep their sliding window" if sliding else ""
     return (
         f"LRSA, sink {lrsa.sink_size}, lag {lrsa.lag_size}, top_k {lrsa.top_k}{skipped}: keeps {lrsa.keep_ratio:.1%} "
-        f"of a window; of {length} tokens the cache holds {kept:.0f} ({kept / length:.1%})"
+        f"of a window; of {length} tokens the cache holds {kept:.0f} ({kept / length:.1%}); "
+        f"computed by {choose(trainer.args.device.type, PRECISIONS[_precision(trainer)])!r}"
     )
 
 
@@ -117,8 +121,11 @@ def _machine(trainer: LRSATrainer) -> str:
     device = trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
-    precision = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32"
-    return f"{name}, {precision}" + (f", DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else "")
+    return f"{name}, {_precision(trainer)}" + (f", DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else "")
+
+
+def _precision(trainer: LRSATrainer) -> str:
+    return "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32"
 
 
 def _count(number: int) -> str:

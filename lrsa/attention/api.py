@@ -74,13 +74,13 @@ def attend_rows(
         `[B, H, T, D]` in the query's dtype.
     """
     if impl == "auto":
-        impl = _choose(query.device.type, query.dtype)
+        impl = choose(query.device.type, query.dtype)
     return IMPLEMENTATIONS[impl](query, key, value, config, scale)
 
 
 @functools.cache
-def _choose(device: str, dtype: torch.dtype) -> str:
-    """What is fastest there (benchmarks/attention.py)."""
+def choose(device: str, dtype: torch.dtype) -> str:
+    """The implementation that `"auto"` takes on this kind of device in this dtype, by benchmarks/attention.py."""
     if device != "cpu":
         logger.info("lrsa_attention uses 'rectangles' on %s in %s: large calls of vendors' kernels", device, dtype)
         return "rectangles"
