@@ -27,7 +27,7 @@ attention() {  # part, heads, options
         --dtype bfloat16 --heads "$2" --head-dim 128 --settings 512:128 --rounds 3 "${@:3}"
 }
 
-run tests tests 400 "$python" -m pytest -q --no-header tests/test_gpu.py
+run tests tests 400 "$python" -m pytest -q --no-header tests/lrsa/attention/test_gpu.py
 for heads in 28/4 32/8; do
     attention attention "$heads" --impls rectangles cudnn --lengths 8192 32768 65536 131072
 done

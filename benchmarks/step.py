@@ -27,7 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.memory import peak_bytes
-from lrsa import LRSAConfig, SelectionSupervision, apply_lrsa, remove_lrsa
+from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
+from train.selection_loss import SelectionSupervision
 
 # layers, hidden, MLP, query heads, KV heads, head dim, vocabulary
 SHAPES = {

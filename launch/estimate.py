@@ -22,10 +22,10 @@ TOO_LARGE = 3
 def main() -> int:
     # As a script, launch/ comes first on the path; the packages train and data lie one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train import environment
+    from train.distributed import environment
 
     environment.prepare()
-    from train.command_line import Parser, explain
+    from launch.command_line import Parser, explain
     from train.estimate import DEVICES
 
     parser = Parser(prog="launch/estimate.py", description=__doc__)
@@ -54,8 +54,8 @@ def estimate(options: argparse.Namespace) -> bool:
 
     from train.estimate import DEVICES, plan_run, shape_from_settings, this_device
     from train.estimate.report import fits, print_report, report_dict
-    from train.problems import Problem, SettingsError
-    from train.settings import load_settings
+    from train.settings.errors import Problem, SettingsError
+    from train.settings.load import load_settings
 
     # A file for DeepSpeed is read below; an installed DeepSpeed or a GPU is not needed.
     settings = load_settings(options.config, options.set)
@@ -86,7 +86,7 @@ def estimate(options: argparse.Namespace) -> bool:
 
 def _for_device(settings, on_cpu: bool):
     """The settings with defaults as they will be on the device of the run, which need not be this machine's."""
-    from train.defaults import with_defaults
+    from train.settings.defaults import with_defaults
 
     train = {"use_cpu": on_cpu} | settings.train
     if not on_cpu:

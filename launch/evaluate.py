@@ -20,10 +20,10 @@ from pathlib import Path
 def main() -> int:
     # As a script, launch/ comes first on the path; the packages train and data lie one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train import environment
+    from train.distributed import environment
 
     environment.prepare()
-    from train.command_line import Parser, explain
+    from launch.command_line import Parser, explain
 
     parser = Parser(prog="launch/evaluate.py", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -44,12 +44,12 @@ def evaluate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import data
-    from train.defaults import with_defaults
     from train.evaluation import evaluate_run
     from train.model import load_tokenizer
-    from train.model_card import save_model_card
-    from train.run_directory import config_of_run
-    from train.settings import load_settings
+    from train.publish.model_card import save_model_card
+    from train.resume.run_directory import config_of_run
+    from train.settings.defaults import with_defaults
+    from train.settings.load import load_settings
 
     given = {"keep_ratios": options.keep_ratios, "rows": options.rows, "batch_size": options.batch_size}
     overrides = [f"eval.{name}={value}" for name, value in given.items() if value is not None]

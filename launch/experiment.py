@@ -17,10 +17,10 @@ from pathlib import Path
 
 def main() -> int:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train import environment
+    from train.distributed import environment
 
     environment.prepare()
-    from train.command_line import explain
+    from launch.command_line import explain
 
     parser = argparse.ArgumentParser(
         prog="launch/experiment.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -39,8 +39,9 @@ def main() -> int:
     options = parser.parse_args()
 
     def job() -> None:
-        from train import experiment, experiment_report
-        from train.experiment_scores import Scores
+        from train.experiments import arms as experiment
+        from train.experiments import report as experiment_report
+        from train.experiments.measure import Scores
 
         settings = experiment.load_experiment(options.config, options.set)
         experiment.train_arms(settings, options.jobs)

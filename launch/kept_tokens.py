@@ -37,7 +37,7 @@ def main() -> int:
 def show(options: argparse.Namespace) -> None:
     import lrsa
     from data.reading import read_records
-    from lrsa.evaluation.kept_tokens import describe, draw_kept_tokens, kept_tokens, read_passage, write_page
+    from lrsa.evaluation.report.kept_tokens import describe, draw_kept_tokens, kept_tokens, read_passage, write_page
 
     given = {name: getattr(options, name) for name in ("sink_size", "lag_size", "top_k")}
     given = {name: value for name, value in given.items() if value is not None}

@@ -19,10 +19,10 @@ from pathlib import Path
 def main() -> int:
     # As a script, launch/ comes first on the path; the packages train and data lie one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train import environment
+    from train.distributed import environment
 
     environment.prepare()
-    from train.command_line import explain
+    from launch.command_line import explain
 
     parser = argparse.ArgumentParser(
         prog="launch/publish.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,8 +42,8 @@ def publish(options: argparse.Namespace) -> None:
     from huggingface_hub import HfApi
     from rich.console import Console
 
-    from train.model_card import CARD_NAME
-    from train.publishing import prepare, send
+    from train.publish.hub import prepare, send
+    from train.publish.model_card import CARD_NAME
 
     console, api = Console(), None if options.dry_run else HfApi()
     publication, folder = prepare(

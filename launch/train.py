@@ -24,10 +24,10 @@ from pathlib import Path
 def main() -> int:
     # As a script, launch/ comes first on the path, where this file would hide the package `train`.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train import environment
+    from train.distributed import environment
 
     environment.prepare()
-    from train.command_line import Parser, explain
+    from launch.command_line import Parser, explain
 
     parser = Parser(prog="launch/train.py", description=__doc__)
     parser.add_argument(
@@ -44,10 +44,10 @@ def main() -> int:
     options = parser.parse_args()
 
     def job() -> None:
-        from train.settings import load_settings
+        from train.settings.load import load_settings
 
         settings = load_settings(options.config, options.set)
-        from train.pipeline import run
+        from train.run import run
 
         run(settings, resume=options.resume, overwrite=options.overwrite)
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E4
 from tqdm import tqdm  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from data import synthetic  # noqa: E402
+from data.synthetic import text as synthetic  # noqa: E402
 
 LENGTH, MAX_LENGTH, KEYS, DIGITS = 256, 1024, 4, 3
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}

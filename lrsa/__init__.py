@@ -7,14 +7,12 @@ from lrsa.hf import apply_lrsa, remove_lrsa
 from lrsa.loading import load
 from lrsa.scoring import lag_relative_scores
 from lrsa.selection import Selection, select_tokens
-from lrsa.supervision import SelectionSupervision
 
 __version__ = "0.1.0"
 __all__ = [
     "LRSACache",
     "LRSAConfig",
     "Selection",
-    "SelectionSupervision",
     "apply_lrsa",
     "lag_relative_scores",
     "load",

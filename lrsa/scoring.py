@@ -40,7 +40,7 @@ def lag_relative_scores(keys: torch.Tensor, values: torch.Tensor, config: LRSACo
             f"got {tuple(keys.shape)} and {tuple(values.shape)}."
         )
     if keys.is_cuda and has_triton():
-        from lrsa import scoring_triton
+        from lrsa.triton import scoring as scoring_triton
 
         return scoring_triton.lag_relative_scores(keys.detach(), values.detach(), config)
     with torch.no_grad():

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_server import TOKEN, LocalHub
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tests.train.publish.hub_server import TOKEN, LocalHub
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -89,8 +90,8 @@ def blank_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, byte_tokenizer) -> Path:
     """The directory of a finished run: two steps and an evaluation of a random model, which lies in `../../base`."""
-    from train.pipeline import run
-    from train.settings import load_settings
+    from train.run import run
+    from train.settings.load import load_settings
 
     directory = tmp_path_factory.mktemp("work")
     torch.manual_seed(0)

@@ -17,8 +17,8 @@ from lrsa.attention.api import choose
 from lrsa.hf import sliding_windows
 from train.estimate import Plan, plan_run, shape_of, this_device
 from train.estimate.report import memory_line, time_line
-from train.sections import ObjectiveSettings
-from train.settings import RunSettings
+from train.settings.load import RunSettings
+from train.settings.schema import ObjectiveSettings
 from train.trainer import LRSATrainer, kept_tokens
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -14,8 +14,8 @@ from lrsa.evaluation import Results, Variant, compare
 from lrsa.loading import refuse_pickle
 from train.adapter import ADAPTER_NAME
 from train.model import load_model
-from train.problems import Problem, SettingsError
-from train.settings import RunSettings
+from train.settings.errors import Problem, SettingsError
+from train.settings.load import RunSettings
 
 TASKS = {"qa": "qa", "text": "loss", "synthetic": "retrieval"}
 BASE, CONTROL, TUNED = "base", "dense-LoRA", "LRSA-LoRA"

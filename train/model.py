@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from train.problems import Problem, SettingsError
-from train.sections import LoraSettings, ModelSettings
+from train.settings.errors import Problem, SettingsError
+from train.settings.schema import LoraSettings, ModelSettings
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:

@@ -18,10 +18,11 @@ import torch.distributed
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lrsa import LRSAConfig, SelectionSupervision, apply_lrsa
+from lrsa import LRSAConfig, apply_lrsa
 from lrsa.hf import compressed_layers
-from train.problems import Problem
-from train.sections import ObjectiveSettings
+from train.selection_loss import SelectionSupervision
+from train.settings.errors import Problem
+from train.settings.schema import ObjectiveSettings
 
 LOGITS = 2**26  # logits held at once
 

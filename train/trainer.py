@@ -12,10 +12,10 @@ from trl import SFTConfig
 
 from lrsa import LRSAConfig, apply_lrsa
 from lrsa.hf import sliding_windows
-from train.checkpoints import replace_text
 from train.objective import Objective, config_of_step
-from train.resumable import ResumableTrainer
-from train.sections import ObjectiveSettings
+from train.resume.checkpoints import replace_text
+from train.resume.trainer import ResumableTrainer
+from train.settings.schema import ObjectiveSettings
 
 
 class LRSATrainer(ResumableTrainer):

@@ -10,8 +10,11 @@ import logging
 
 import torch
 
-from lrsa.attention import compiler, flex, native, rectangles, reference
+from lrsa.attention import flex, reference
+from lrsa.attention.cpu import build as compiler
+from lrsa.attention.cpu import kernel as native
 from lrsa.attention.documents import attend_documents
+from lrsa.attention.tiled import attention as rectangles
 from lrsa.config import LRSAConfig
 
 logger = logging.getLogger(__name__)

@@ -1,14 +1,14 @@
 """Measure models with full and with compressed caches: retrieval, question answering, loss, memory."""
 
 from lrsa.evaluation.comparison import compare
-from lrsa.evaluation.cost import LayerCost, cache_cost, prefill_cost
-from lrsa.evaluation.generation import generate_answers
-from lrsa.evaluation.perplexity import evaluate_loss, perplexity_of
-from lrsa.evaluation.question_answering import evaluate_question_answering
-from lrsa.evaluation.results import Cell, Results, Setting
-from lrsa.evaluation.retrieval import evaluate_retrieval
-from lrsa.evaluation.score import Score, paired_difference
-from lrsa.evaluation.state import Variant
+from lrsa.evaluation.measure.cost import LayerCost, cache_cost, prefill_cost
+from lrsa.evaluation.measure.generation import generate_answers
+from lrsa.evaluation.measure.perplexity import evaluate_loss, perplexity_of
+from lrsa.evaluation.measure.question_answering import evaluate_question_answering
+from lrsa.evaluation.measure.retrieval import evaluate_retrieval
+from lrsa.evaluation.measure.state import Variant
+from lrsa.evaluation.report.results import Cell, Results, Setting
+from lrsa.evaluation.report.score import Score, paired_difference
 
 __all__ = [
     "Cell",

@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 
 import lrsa
 from lrsa.config import LRSAConfig
-from lrsa.evaluation.cost import LayerCost, prefill_cost
-from lrsa.evaluation.generation import check_rows, generate_answers, longest_answer
-from lrsa.evaluation.perplexity import evaluate_loss, perplexity_of
-from lrsa.evaluation.question_answering import score_question_answering
-from lrsa.evaluation.results import Cell, Results, Setting
-from lrsa.evaluation.retrieval import score_retrieval
-from lrsa.evaluation.state import Variant, causal_lm, with_adapter, with_attention
+from lrsa.evaluation.measure.cost import LayerCost, prefill_cost
+from lrsa.evaluation.measure.generation import check_rows, generate_answers, longest_answer
+from lrsa.evaluation.measure.perplexity import evaluate_loss, perplexity_of
+from lrsa.evaluation.measure.question_answering import score_question_answering
+from lrsa.evaluation.measure.retrieval import score_retrieval
+from lrsa.evaluation.measure.state import Variant, causal_lm, with_adapter, with_attention
+from lrsa.evaluation.report.results import Cell, Results, Setting
 
 if TYPE_CHECKING:
     from peft import PeftModel

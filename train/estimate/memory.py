@@ -5,7 +5,7 @@
 "Kept" is what waits for the backward pass: with checkpointing only each layer's input. Then one of three moments is
 the fullest: the backward pass of one layer's MLP or of its attention (for which a checkpointed layer has been computed
 again), or the loss. The sizes below were read off autograd's saved tensors and checked against the allocator's events
-(tests/test_estimate.py). Flash attention and LRSA are both linear in the length; only details differ.
+(tests/train/estimate/test_estimate.py). Flash attention and LRSA are both linear in the length; only details differ.
 
 Per token: `h` hidden, `m` MLP, `q` and `g` all channels of the query heads and of the KV heads, `e` bytes per element.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 from lrsa import LRSAConfig
 from train.estimate.devices import Device
 from train.estimate.shape import ModelShape
-from train.settings import RunSettings
+from train.settings.load import RunSettings
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

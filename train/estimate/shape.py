@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lrsa.hf import sliding_windows
-from train.problems import Problem, SettingsError
-from train.settings import RunSettings
+from train.settings.errors import Problem, SettingsError
+from train.settings.load import RunSettings
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

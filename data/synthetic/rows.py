@@ -1,0 +1,77 @@
+"""The synthetic kind: generated retrieval tasks as rows, with the same chat template and answer ending as questions."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from data.progress import progress
+from data.prompt import continued_ids, turn_of
+from data.reading import DataError
+from data.rows import Row, Rows
+from data.settings import DataSettings
+from data.synthetic import text as synthetic
+
+
+def synthetic_rows(settings: DataSettings, tokenizer, seed: int) -> Rows:
+    """Generated rows, as near below `context_length` as whole words allow.
+
+    Raises:
+        DataError: when `context_length` is too short for the facts and the question.
+    """
+    task = settings.synthetic
+    count = min(task.rows, settings.max_rows or task.rows)
+    result = Rows(source=f"synthetic {task.task}")
+    training = _rows(settings, tokenizer, count, random.Random(f"{seed} train"), task.questions)
+    result.train = [row for row, _ in training]
+    evaluation = _rows(settings, tokenizer, settings.eval_rows, random.Random(f"{seed} evaluation"), questions=1)
+    result.evaluation = [
+        {**example, "input_ids": row.input_ids.tolist(), "prompt_length": row.prompt_length}
+        for row, example in evaluation
+    ]
+    return result
+
+
+def _rows(settings: DataSettings, tokenizer, count: int, rng: random.Random, questions: int) -> list[tuple[Row, dict]]:
+    """Rows and what they were made from: the prompt with everything around it, and its answers."""
+    turn = turn_of(tokenizer)
+    room, rows = settings.context_length, []
+    for _ in progress(range(count), "generating rows"):
+        while True:
+            made = _made(settings, tokenizer, room, rng, questions)
+            prompt = turn.before + made["prompt"] + turn.between
+            texts = [turn.lead + made["answers"][0]]
+            for question, answer in made.get("more", []):
+                texts += [f" {question}", f" {answer}"]
+            texts[-1] += turn.after
+            row = _row(tokenizer, prompt, texts)
+            excess = len(row.input_ids) - settings.context_length
+            if excess <= 0:
+                break
+            room -= excess  # the generator does not know BOS and chat markup: leave room for them from now on
+        rows.append((row, {"prompt": prompt, "answers": made["answers"]}))
+    return rows
+
+
+def _row(tokenizer, prompt: str, texts: list[str]) -> Row:
+    """The prompt, then trained texts with untrained ones between them."""
+    parts, asked = [], []
+    for number, text in enumerate(texts):
+        [before], [added] = continued_ids(tokenizer, [prompt + "".join(texts[:number])], [text])
+        parts += [before, added] if number == 0 else [added]
+        asked.append(np.full(len(added), number % 2 == 0))
+    trained = np.concatenate([np.zeros(len(parts[0]), dtype=bool), *asked])
+    return Row(np.concatenate(parts), len(parts[0]), answers=trained if len(texts) > 1 else None)
+
+
+def _made(settings: DataSettings, tokenizer, room: int, rng: random.Random, questions: int) -> dict:
+    task = settings.synthetic
+    try:
+        if task.task == "key_value":
+            return synthetic.key_value_row(
+                rng, tokenizer, room, keys=task.keys, digits=task.digits, questions=questions
+            )
+        return synthetic.passkey_row(rng, tokenizer, room, digits=task.digits)
+    except ValueError as error:
+        raise DataError(f"data.synthetic: {error}") from error

@@ -1,0 +1,73 @@
+"""What the scripts in `launch/` share: options, help that teaches, and one readable message for a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+from train.distributed import environment
+from train.resume.interruption import FAILED, NO_SPACE, ProcessLost, RunFailed, RunStopped
+
+PATIENCE = 20  # seconds
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose help ends with every section, and that speaks in the first process only."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        # The DeepSpeed launcher appends it; accelerate reads the number from the environment.
+        self.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+        self.add_argument(
+            *("--set",), action="extend", nargs="+", default=[], metavar="section.key=value",
+            help="replace settings of the file, for example --set lrsa.top_k=64 lora.r=8; values are YAML",
+        )  # fmt: skip
+
+    def format_help(self) -> str:
+        from train.settings.help import sections_help
+
+        return f"{super().format_help()}\n{sections_help()}"
+
+    def error(self, message: str) -> None:
+        _tell(f"{self.format_usage()}{self.prog}: error: {message}")
+        sys.exit(2)
+
+
+def explain(job: Callable[[], object]) -> int:
+    """Run `job`; a mistake in settings, data or files is printed once, without traceback.
+
+    Returns:
+        the exit status: 0, 2 for such a mistake, 75 when SIGTERM stopped a run and its checkpoint is written, 1 when a
+        run could not go on.
+    """
+    try:
+        job()
+    except _mistakes() as error:
+        _tell(f"\n{error}", patience=0 if isinstance(error, ProcessLost) else PATIENCE)
+        return getattr(error, "status", 2)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        _tell(f"\n{error.filename or 'a file of the run'} could not be written: {error.strerror}. Free space and start "
+              "the same command again, with --resume if it was training.")  # fmt: skip
+        return FAILED
+    return 0
+
+
+def _tell(message: str, patience: int = PATIENCE) -> None:
+    """Print in the first process. The others wait: a launcher ends all processes as soon as one of them fails, and the
+    first one must have spoken by then. One that is still there after that has made its mistake alone, and says so."""
+    if environment.rank() > 0:
+        time.sleep(patience)
+        message = f"process {environment.rank()}: {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    from data import DataError
+    from train.adapter import AdapterError
+    from train.settings.errors import SettingsError
+
+    return (SettingsError, DataError, AdapterError, RunStopped, RunFailed)

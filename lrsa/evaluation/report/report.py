@@ -1,0 +1,183 @@
+"""The results as a page to read and as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lrsa.evaluation.report.score import CONFIDENCE, RESAMPLES
+
+if TYPE_CHECKING:
+    from lrsa.evaluation.measure.cost import LayerCost
+    from lrsa.evaluation.report.results import Results, Setting
+
+PICTURE = "score_vs_keep_ratio.png"
+TITLES = {
+    "accuracy": "Retrieval accuracy (share of the answer's symbols in place)",
+    "f1": "Answer F1",
+    "exact_match": "Exact match",
+    "loss": "Loss (nats per token, lower is better)",
+    "perplexity": "Perplexity (lower is better)",
+}
+EXAMPLES, EXAMPLE_WIDTH = 3, 60
+
+
+def markdown(results: Results) -> str:
+    """The whole report as Markdown."""
+    sections = [f"# Evaluation: {results.task}", measurements(results)]
+    if results.expected:
+        sections.append(f"## Examples\n\n{_markdown_table(_example_rows(results))}")
+    sections.append(f"## Settings\n\n{_markdown_table(_setting_rows(results))}")
+    return "\n\n".join(sections) + "\n"
+
+
+def measurements(results: Results) -> str:
+    """What was measured and how, as Markdown: picture, scores, differences and cost. A model card shows it too."""
+    sections = [
+        _measured(results),
+        *([f"**Warning:** {results.warning}."] if results.warning else []),
+        f"![{TITLES[results.metrics[0]]} against keep ratio]({PICTURE})",
+        *(f"## {TITLES[metric]}\n\n{_markdown_table(_score_rows(results, metric))}" for metric in results.metrics),
+    ]
+    if results.differences():
+        sections.append(f"## {_difference_title(results)}\n\n{_markdown_table(_difference_rows(results))}")
+    sections.append(f"## {_cost_title(results)}\n\n{_markdown_table(_cost_rows(results))}")
+    return "\n\n".join(sections)
+
+
+def to_console(results: Results, console: Console) -> None:
+    """Scores, differences and cost, as tables of `rich`."""
+    tables = [(TITLES[metric], _score_rows(results, metric)) for metric in results.metrics]
+    if results.differences():
+        tables.append((_difference_title(results), _difference_rows(results)))
+    tables.append((_cost_title(results), _cost_rows(results)))
+    for title, rows in tables:
+        console.print(_rich_table(title, rows, console.width))
+    console.print(f"n = {results.rows['n']}, {CONFIDENCE:.0%} bootstrap intervals. Prefill: {results.prefill}.")
+    if results.warning:
+        console.print(f"[bold yellow]Warning:[/] {results.warning}.")
+
+
+def _rich_table(title: str, rows: list[list[str]], width: int) -> Table:
+    """A table; intervals go below their values when they do not fit beside them."""
+    needed = sum(3 + max(map(len, column)) for column in zip(*rows, strict=True))
+    between = " " if needed <= width else "\n"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    head, *body = ([escape(cell.replace(" [", f"{between}[")) for cell in row] for row in rows)
+    for column, name in enumerate(head):
+        table.add_column(name, justify="left" if column == 0 else "right")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def _measured(results: Results) -> str:
+    rows, ratios = results.rows, "the full cache only" if results.trained == "full" else f"keep ratio {results.trained}"
+    return (
+        f"{rows['n']} rows of {rows['shortest']} to {rows['longest']} tokens (median {rows['median']:g}), of which "
+        f"{rows['compressed_share']:.0%} are long enough to be compressed. In brackets: {CONFIDENCE:.0%} interval, "
+        f"percentile bootstrap over rows with {RESAMPLES} resamples; width 0 only says that all rows scored the same. "
+        f"Trained for: {ratios}.\n\nPrefill under a compressed cache: {results.prefill}."
+    )
+
+
+def _score_rows(results: Results, metric: str) -> list[list[str]]:
+    rows = [["cache", *results.models]]
+    for setting in results.settings:
+        scores = (results.score(model, setting.name, metric) for model in results.models)
+        rows.append([setting_name(results, setting), *map(str, scores)])
+    return rows
+
+
+def setting_name(results: Results, setting: Setting) -> str:
+    """`full cache`, `keep 1/4`, or `keep 1/8 (trained)`."""
+    if setting.config is None:
+        return "full cache"
+    return f"keep {setting.name}" + (" (trained)" if setting.name == results.trained else "")
+
+
+def _difference_title(results: Results) -> str:
+    return f"{results.models[-1]} minus the others, row by row ({results.metrics[0].replace('_', ' ')})"
+
+
+def _difference_rows(results: Results) -> list[list[str]]:
+    differences = results.differences()
+    rows = [["cache", *(f"minus {other}" for other, _ in differences)]]
+    for setting in results.settings:
+        found = (scores[setting.name] for _, scores in differences)
+        cells = (f"{score.value:+.3f} [{score.low:+.3f}, {score.high:+.3f}]" for score in found)
+        rows.append([setting_name(results, setting), *cells])
+    return rows
+
+
+def _cost_title(results: Results) -> str:
+    return f"Cache of the longest row ({results.rows['longest']} tokens), measured after prefill"
+
+
+def _cost_rows(results: Results) -> list[list[str]]:
+    """One line per setting and group of layers that cost the same."""
+    rows = [["cache", "layers", "kept per head", "memory per layer", "full cache", "share"]]
+    for setting in results.settings:
+        name = setting_name(results, setting).removesuffix(" (trained)")
+        for layers, cost in _alike(setting.cost):
+            rows.append([name, layers, f"{cost.kept} of {cost.seen}", *_sizes(cost.bytes, cost.full_bytes)])
+    return rows
+
+
+def _alike(cost: list[LayerCost]) -> Iterable[tuple[str, LayerCost]]:
+    for _, group in groupby(cost, key=lambda layer: (layer.seen, layer.kept, layer.bytes, layer.full_bytes)):
+        layers = list(group)
+        first, last = layers[0].layer, layers[-1].layer
+        yield (f"{first}-{last}" if first < last else f"{first}"), layers[0]
+
+
+def _sizes(used: int, full: int) -> list[str]:
+    return [_size(used), _size(full), f"{used / full:.1%}"]
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
+
+
+def _example_rows(results: Results) -> list[list[str]]:
+    """The first rows: what was expected, and what every model wrote with the full and with the trained cache."""
+    settings = dict.fromkeys(["full", results.trained])
+    rows = [["row", "expected", *(f"{model}, {setting}" for model in results.models for setting in settings)]]
+    for row, expected in enumerate(results.expected[:EXAMPLES]):
+        found = [results.cells[model][setting].answers[row] for model in results.models for setting in settings]
+        rows.append([str(row), *map(_shortened, [" / ".join(expected), *found])])
+    return rows
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= EXAMPLE_WIDTH else text[: EXAMPLE_WIDTH - 1] + "…"
+
+
+def _setting_rows(results: Results) -> list[list[str]]:
+    details = {key: value for key, value in results.details.items() if key != "versions"}
+    versions = ", ".join(f"{name} {version}" for name, version in results.details["versions"].items())
+    lrsa = ", ".join(f"{name} {value}" for name, value in results.config.to_dict().items())
+    seconds = sum(cell.seconds for by_setting in results.cells.values() for cell in by_setting.values())
+    values = {"lrsa": lrsa} | details | {"versions": versions, "time": f"{seconds:.0f} s"}
+    named = [[name.replace("_", " "), str(value)] for name, value in values.items() if value is not None]
+    return [["setting", "value"], *named]
+
+
+def _markdown_table(rows: list[list[str]]) -> str:
+    head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    lines = [head, ["---"] + ["---:" if body and _is_number(body[0][i]) else "---" for i in range(1, len(head))], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell[:1] in "+-"

@@ -1,0 +1,198 @@
+"""Several models at several settings: the right weights are measured, all is put back, and the files can be read."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+
+from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
+from lrsa.evaluation import Results, Variant, compare, evaluate_loss
+from lrsa.evaluation.report.report import markdown
+
+CONFIG = LRSAConfig(sink_size=2, lag_size=8, top_k=1)
+
+
+@pytest.fixture
+def adapted(random_llama):
+    """A PEFT model with two different adapters, "default" active and trainable, and dropout when training."""
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.3, init_lora_weights=False)
+    model = get_peft_model(random_llama, lora)
+    model.add_adapter("control", lora)
+    return model.double().eval()
+
+
+def make_rows(count=6):
+    rng = random.Random(0)
+    return [{"input_ids": [rng.randrange(48) for _ in range(rng.randrange(30, 70))]} for _ in range(count)]
+
+
+def state_of(model):
+    """Everything that an evaluation may not leave changed."""
+    flags = [module.training for module in model.modules()]
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    lrsa = getattr(model.config, "lrsa", None)
+    torch.manual_seed(0)
+    logits = model(torch.tensor([list(range(2, 40))]), use_cache=False).logits
+    return (
+        flags, trainable, model.config._attn_implementation, lrsa, model.active_adapter, list(model.active_adapters),
+        model.get_model_status().enabled, logits.tolist(),
+    )  # fmt: skip
+
+
+def scores_of(results):
+    return {(model, name): cell.scores for model, cells in results.cells.items() for name, cell in cells.items()}
+
+
+def run(adapted, rows=None, **options):
+    adapters = {"base": None, "control": "control", "lrsa": "default"}
+    models = {name: Variant(adapted, adapter) for name, adapter in adapters.items()}
+    options = {"keep_ratios": (0.5, 0.25), "progress": False} | options
+    return compare(models, None, rows or make_rows(), "loss", CONFIG, **options)
+
+
+def test_every_cell_is_the_named_adapter_under_the_named_setting(adapted):
+    results = run(adapted)
+    assert results.models == ["base", "control", "lrsa"]
+    assert [setting.name for setting in results.settings] == ["full", "1/2", "1/4", "1/8"]
+    assert [setting.config and setting.config.top_k for setting in results.settings] == [None, 4, 2, 1]
+    for setting in results.settings:
+        remove_lrsa(adapted)
+        if setting.config:
+            apply_lrsa(adapted, setting.config)
+        adapted.set_adapter("default")
+        assert results.score("lrsa", setting.name) == evaluate_loss(adapted, make_rows())
+        adapted.set_adapter("control")
+        assert results.score("control", setting.name) == evaluate_loss(adapted, make_rows())
+        with adapted.disable_adapter():
+            assert results.score("base", setting.name) == evaluate_loss(adapted, make_rows())
+    values = {results.score(model, setting.name).value for model in results.models for setting in results.settings}
+    assert len(values) == 12
+
+
+STARTS = {
+    "training": lambda model: model.train(),
+    "partly in eval": lambda model: model.train().get_base_model().model.layers[1].eval(),
+    "other adapter": lambda model: model.set_adapter("control"),
+    "frozen": lambda model: model.requires_grad_(False),
+    "adapters off": lambda model: model.base_model.disable_adapter_layers(),
+    "lrsa": lambda model: apply_lrsa(model, CONFIG.replace(top_k=3)),
+    "dense, with settings": lambda model: setattr(model.config, "lrsa", CONFIG.to_dict()),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_state_is_put_back_and_has_no_influence(adapted, start):
+    expected = scores_of(run(adapted, keep_ratios=()))
+    STARTS[start](adapted)
+    before = state_of(adapted)
+    assert scores_of(run(adapted, keep_ratios=())) == expected
+    assert state_of(adapted) == before
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_state_is_put_back_after_an_error(adapted, start):
+    STARTS[start](adapted)
+    before = state_of(adapted)
+    forwards = []
+
+    def fail(*_):
+        forwards.append(1)
+        if len(forwards) > 23:  # two for the cost, then twelve for every model: within the control, compressed
+            raise RuntimeError("out of memory, say")
+
+    hook = adapted.get_base_model().model.layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(adapted, keep_ratios=(), batch_size=1)
+    hook.remove()
+    assert state_of(adapted) == before
+
+
+def test_plain_model_is_measured_as_it_stands(random_llama):
+    results = compare({"model": random_llama}, None, make_rows(), "loss", CONFIG, (0.5,), progress=False)
+    assert results.score("model") == evaluate_loss(random_llama, make_rows())
+    assert results.differences() == []
+
+
+def test_differences_are_paired(adapted):
+    results = run(adapted)
+    found = results.difference("lrsa", "base", "1/8")
+    pairs = zip(results.score("lrsa", "1/8").per_row, results.score("base", "1/8").per_row, strict=True)
+    assert found.per_row == pytest.approx([a - b for a, b in pairs])
+    assert [other for other, _ in results.differences()] == ["base", "control"]
+
+
+def test_measured_cost_stands_in_the_results(adapted):
+    settings = run(adapted, rows=[{"input_ids": list(range(42))}, {"input_ids": list(range(9))}]).settings
+    kept = [[layer.kept for layer in setting.cost] for setting in settings]
+    assert kept == [[42] * 3, [2 + 4 * 4 + 8] * 3, [2 + 4 * 2 + 8] * 3, [2 + 4 * 1 + 8] * 3]
+
+
+def test_files_can_be_read_and_hold_everything(adapted, tmp_path):
+    results = run(adapted)
+    directory = results.save(tmp_path / "new" / "run")
+    assert sorted(path.name for path in directory.iterdir()) == ["report.md", "results.json", "score_vs_keep_ratio.png"]
+    found = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    assert found == json.loads(json.dumps(results.to_dict()))
+    cell = next(cell for cell in found["cells"] if (cell["model"], cell["setting"]) == ("control", "1/4"))
+    assert cell["scores"]["loss"]["per_row"] == list(results.score("control", "1/4").per_row)
+    assert (found["n"], found["trained_setting"], len(found["cells"])) == (6, "1/8", 12)
+    assert LRSAConfig.from_dict(found["lrsa"]) == CONFIG
+    assert {"torch", "transformers", "lrsa"} <= set(found["versions"])
+    assert "last two windows stay dense" in found["prefill"]
+    report = (directory / "report.md").read_text(encoding="utf-8")
+    assert str(results.score("lrsa", "1/8")) in report and "keep 1/8 (trained)" in report
+    tables = re.findall(r"(?:^\|.*\n)+", report, flags=re.MULTILINE)
+    assert len(tables) == 5 and all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
+    assert (directory / "score_vs_keep_ratio.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_terminal_shows_every_score(adapted, width, capsys):
+    results = run(adapted)
+    results.cells["tuned[bold]"] = results.cells.pop("lrsa")
+    results.print(Console(width=width))
+    shown = capsys.readouterr().out
+    assert "tuned[bold]" in shown
+    for model in results.models:
+        for setting in results.settings:
+            assert f"{results.score(model, setting.name).value:.3f}" in shown
+    assert "[" + str(results.score("tuned[bold]", "1/8")).partition("[")[2] in shown
+
+
+def test_rows_that_are_never_compressed_are_a_warning(adapted):
+    assert run(adapted).warning is None
+    short = run(adapted, rows=[{"input_ids": list(range(18))}] * 2)
+    assert "nothing was compressed: longest row 18" in short.warning
+    assert short.score("lrsa", "full") == short.score("lrsa", "1/8")
+
+
+def test_ratio_of_one_is_the_full_cache_and_equal_ratios_are_measured_once(adapted):
+    assert [s.name for s in run(adapted, keep_ratios=(1.0, 0.26, 0.25, 0.7)).settings] == ["full", "3/4", "1/4", "1/8"]
+
+
+def test_errors_come_before_any_work(adapted):
+    rows = make_rows()
+    with pytest.raises(ValueError, match="task must be one of retrieval, qa, loss, got 'bleu'"):
+        compare({"base": Variant(adapted, None)}, None, rows, "bleu", CONFIG)
+    with pytest.raises(ValueError, match="has no adapter 'contrl': it has default, control"):
+        compare({"x": Variant(adapted, "contrl")}, None, rows, "loss", CONFIG)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        compare({"x": Variant(adapted, None)}, None, rows, "qa", CONFIG)
+    with pytest.raises(ValueError, match="keep_ratio must be above 0"):
+        run(adapted, keep_ratios=(0.0,))
+    with pytest.raises(ValueError, match="no evaluation rows"):
+        compare({"x": Variant(adapted, None)}, None, [], "loss", CONFIG)
+
+
+def test_saved_results_are_read_back(adapted, tmp_path):
+    results = run(adapted)
+    found = Results.load(results.save(tmp_path))
+    assert found.to_dict() == results.to_dict() and markdown(found) == (tmp_path / "report.md").read_text()
+    assert found.score("lrsa", "1/8") == results.score("lrsa", "1/8")
+    (tmp_path / "results.json").write_text('{"task": "loss"}')
+    with pytest.raises(ValueError, match=r"results\.json cannot be read as the results of an evaluation"):
+        Results.load(tmp_path)

@@ -1,0 +1,207 @@
+"""The model card of a run: what the adapter is, how it is used, what was measured, and how it was trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from trl import SFTConfig
+
+import lrsa
+from lrsa.evaluation import Results
+from lrsa.evaluation.report.report import TITLES, measurements, setting_name
+from train.settings.load import RunSettings
+
+CARD_NAME = "README.md"
+TAGS = ["lrsa", "kv-cache", "kv-cache-compression", "sparse-attention", "long-context", "lora", "custom_generate"]
+
+ABOUT = """\
+A LoRA adapter of {base}, trained under [Lag-Relative Sparse Attention](https://arxiv.org/abs/2506.11498) to work with a
+compressed KV cache: of a long context, every KV head keeps the first {sink_size} tokens, {top_k} of each older window
+of {lag_size} tokens ({keep_ratio:.1%}), and the last one to two windows whole.{dense}"""
+
+USE = """\
+`pip install lrsa peft`, then:
+
+```python
+import lrsa
+
+model, tokenizer, new_cache = lrsa.load({source})
+prompt = {prompt}
+{inputs}
+output = model.generate(**inputs, past_key_values=new_cache(), max_new_tokens=100)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+
+PLAIN = 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)'
+
+CHAT = """\
+messages = [{"role": "user", "content": prompt}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+inputs = inputs.to(model.device)"""
+
+CUSTOM_GENERATE = """\
+Or with transformers' own loading, `generate` then taking its decoding from this repository (`custom_generate/`, which
+needs `lrsa` too):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({source})
+tokenizer = AutoTokenizer.from_pretrained({source})
+prompt = {prompt}
+{inputs}
+output = model.generate(**inputs, custom_generate={source}, trust_remote_code=True, max_new_tokens=100)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+For the length of the call the model runs with the settings of this adapter. Arguments and result are those of
+`generate`; a `past_key_values` of your own must be an `lrsa.LRSACache`."""
+
+MEASURED = {
+    "qa": "F1 and exact match of greedy answers to held-out questions.",
+    "retrieval": "The share of a hidden code's symbols that a greedy answer repeats in place, on held-out rows.",
+    "loss": "The loss on held-out text.",
+}
+
+NOT_MEASURED = (
+    "This adapter was not evaluated: `eval.enabled` was false, or no rows were held out. What it gains or loses is not "
+    "known."
+)
+
+
+def model_card(
+    settings: RunSettings,
+    directory: Path,
+    results: Results | None,
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """The card of a run, with metadata as the Hub reads it.
+
+    Args:
+        settings: of the run; `model.name_or_path` is the card's base model where it is a Hub id.
+        directory: of the run; a chat template beside its tokenizer decides how the code sample asks.
+        results: of the run's evaluation, or None when there was none, which the card then says.
+        repo_id: where the card is published; without it the card is that of the directory.
+        license: the Hub's identifier of a licence; left out when not given, because a run does not know it.
+    """
+    name = (repo_id or directory.resolve().name).split("/")[-1]
+    hub_data = hub_id(settings.data.path)
+    data = ModelCardData(
+        base_model=hub_id(settings.model.name_or_path),
+        datasets=[hub_data] if hub_data else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        license=license,
+        tags=TAGS,
+        model_name=name,
+        eval_results=eval_results(settings, results) if results else None,
+    )
+    sample = _sample(settings, directory, repo_id or str(directory))
+    sections = [
+        f"# {name}",
+        _about(settings),
+        f"## Use\n\n{USE.format(**sample)}",
+        *([CUSTOM_GENERATE.format(**sample)] if repo_id else []),
+        f"## Evaluation\n\n{_evaluation(results)}",
+        f"## Training\n\n{_training(settings)}",
+    ]
+    text = "\n\n".join(sections)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def save_model_card(settings: RunSettings, directory: Path, results: Results | None) -> None:
+    """Write the run's card as README.md into its directory, where TRL and PEFT have left drafts of their own."""
+    model_card(settings, directory, results).save(directory / CARD_NAME)
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name when others can load it from the Hub; None for a local path, which settings hold absolute."""
+    return None if name is None or Path(name).is_absolute() else name
+
+
+def eval_results(settings: RunSettings, results: Results) -> list[EvalResult]:
+    """Every score of the adapter, one entry for each metric and cache, for the card's `model-index`."""
+    data = settings.data
+    evaluated = data.eval_path or data.path
+    on_hub = {"dataset_config": data.name, "dataset_split": data.eval_split or data.split} if hub_id(evaluated) else {}
+    scores = [
+        (metric, setting, results.score(results.models[-1], setting.name, metric))
+        for metric in results.metrics
+        for setting in results.settings
+    ]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=hub_id(evaluated) or ("generated" if data.kind == "synthetic" else "local"),
+            dataset_name=f"{_data_name(settings, evaluated)}, held-out rows",
+            metric_type=metric,
+            metric_value=round(score.value, 6),
+            metric_name=f"{TITLES[metric].partition(' (')[0]}, {setting_name(results, setting)}",
+            metric_args={"n": score.n, "low": round(score.low, 6), "high": round(score.high, 6)},
+            **on_hub,
+        )
+        for metric, setting, score in scores
+    ]
+
+
+def _data_name(settings: RunSettings, path: str | None) -> str:
+    """What was generated, a data set's name on the Hub, or the last name of a local path."""
+    data = settings.data
+    if path is None:
+        return f"generated {data.synthetic.task} rows"
+    if hub_id(path) is None:
+        return f"local data {Path(path).name}"
+    return f"{path} ({data.name})" if data.name else path
+
+
+def _about(settings: RunSettings) -> str:
+    base, config = settings.model.name_or_path, settings.lrsa
+    linked = f"[{base}](https://huggingface.co/{base})" if hub_id(base) else f"a local model, `{Path(base).name}`"
+    layers = ", ".join(map(str, config.skip_layers))
+    dense = f" Layers that stay whole: {layers}." if layers else ""
+    return ABOUT.format(base=linked, keep_ratio=config.keep_ratio, dense=dense, **config)
+
+
+def _sample(settings: RunSettings, directory: Path, source: str) -> dict[str, str]:
+    """Source, prompt and tokenization of the code samples; a question is put as the training rows put it."""
+    prompt, data = "Once upon a time", settings.data
+    if data.kind == "qa":
+        prompt = data.prompt_template.replace("{context}", "The river was found by Anna.\n\nBen stayed at home.")
+        prompt = prompt.replace("{question}", "Who found the river?")
+    elif data.kind == "synthetic":
+        prompt = "code amber 4 8 2 . again air all along code amber"
+    chat = data.kind == "qa" and (directory / "chat_template.jinja").is_file()
+    source, prompt = (json.dumps(text, ensure_ascii=False) for text in (source, prompt))
+    return {"source": source, "prompt": prompt, "inputs": CHAT if chat else PLAIN}
+
+
+def _evaluation(results: Results | None) -> str:
+    if results is None:
+        return NOT_MEASURED
+    return f"{MEASURED[results.task]}\n\n{measurements(results)}".replace("\n## ", "\n### ")
+
+
+def _training(settings: RunSettings) -> str:
+    """The settings that a reader asks for first, with TRL's defaults where the run left them."""
+    train, data = {field.name: field.default for field in fields(SFTConfig)} | settings.train, settings.data
+    objective = settings.objective.model_dump()
+    rows = {
+        "data": f"{_data_name(settings, data.path)}, {data.kind}, rows of up to {data.context_length} tokens",
+        "LRSA": ", ".join(f"{name} {value}" for name, value in settings.lrsa.items()),
+        "LoRA": ", ".join(f"{name} {value}" for name, value in settings.lora.model_dump().items()),
+        "objective": ", ".join(f"{name} {value}" for name, value in objective.items() if value is not None),
+        "length": f"{train['max_steps']} steps" if train["max_steps"] > 0 else f"{train['num_train_epochs']:g} epochs",
+        "batch": f"{train['per_device_train_batch_size']} rows per device x "
+        f"{train['gradient_accumulation_steps']} accumulated",
+        "learning rate": f"{train['learning_rate']:g}",
+        "base weights": settings.model.dtype,
+        "seed": train["seed"],
+        "lrsa": lrsa.__version__,
+    }
+    table = "\n".join(["| setting | value |", "| --- | --- |", *(f"| {name} | {rows[name]} |" for name in rows)])
+    return f"{table}\n\n`config.yaml` holds every setting; `launch/train.py --config config.yaml` repeats the run."

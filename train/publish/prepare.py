@@ -1,0 +1,131 @@
+"""What of a run is published: checked first, then written as a folder that holds no path of this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lrsa import LRSAConfig
+from lrsa.evaluation import Results
+from train.adapter import ADAPTER_NAME, AdapterError, verify_adapter
+from train.publish.model_card import CARD_NAME, hub_id, model_card
+from train.publish.redaction import Redaction, remaining_paths
+from train.resume.run_directory import CONFIG_NAME, PUBLISHED_NAME, config_of_run
+from train.settings.errors import Problem, SettingsError
+from train.settings.load import RunSettings, load_settings
+
+# Of a run's directory, beside config.yaml and the card; the tokenizer under all the names that transformers gives it.
+FILES = (
+    *(ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", "results.json", "report.md", "data_report.md", "*.png"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.*", "merges.txt", "*.model"),
+)
+BINARY = (".safetensors", ".png", ".model")
+CUSTOM_GENERATE = Path(__file__).parent / "custom_generate" / "generate.py"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A run that is fit to be published, and where; `settings.model.name_or_path` is a Hub id."""
+
+    run: Path
+    repo_id: str
+    settings: RunSettings
+    lrsa: LRSAConfig
+    results: Results
+
+    @property
+    def base_model(self) -> str:
+        return self.settings.model.name_or_path
+
+
+def read_run(run: Path, repo_id: str, base_model: str | None, problems: list[Problem]) -> Publication:
+    """Read a run's directory and refuse one that nobody could use or judge.
+
+    Args:
+        run: directory of a finished run.
+        repo_id: where it will be published.
+        base_model: the base model's Hub id, where the run loaded it from a local directory.
+        problems: found before; told together with those found here.
+
+    Raises:
+        SettingsError: with every problem at once.
+    """
+    found, problems = {}, list(problems)
+    readers = {
+        "settings": lambda: _settings(run, base_model),
+        "adapter": lambda: verify_adapter(run),
+        "lrsa": lambda: LRSAConfig.from_pretrained(run),
+        "results": lambda: _results(run),
+    }
+    for name, read in readers.items():
+        try:
+            found[name] = read()
+        except SettingsError as error:
+            problems += error.problems
+        except (AdapterError, ValueError) as error:
+            problems.append(Problem("", "", str(error)))
+    if problems:
+        raise SettingsError(problems)
+    return Publication(run, repo_id, found["settings"], found["lrsa"], found["results"])
+
+
+def write_folder(publication: Publication, license: str | None = None) -> Path:
+    """Write what is published into the run's `hub/`, replacing an earlier one, and return that folder.
+
+    Raises:
+        SettingsError: when a text would name a place of this machine.
+    """
+    run, folder = publication.run, publication.run / PUBLISHED_NAME
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "custom_generate").mkdir(parents=True)
+    values = yaml.safe_load((run / CONFIG_NAME).read_text(encoding="utf-8"))
+    redaction = Redaction(values, publication.base_model)
+    texts = {CONFIG_NAME: redaction.config()}
+    for path in [path for pattern in FILES for path in sorted(run.glob(pattern)) if path.is_file()]:
+        if path.suffix in BINARY:
+            shutil.copyfile(path, folder / path.name)
+        else:
+            texts[path.name] = redaction.text(path.read_text(encoding="utf-8"))
+    adapter_config = json.loads(texts["adapter_config.json"]) | {"base_model_name_or_path": publication.base_model}
+    texts["adapter_config.json"] = json.dumps(adapter_config, indent=2, sort_keys=True) + "\n"
+    card = model_card(publication.settings, run, publication.results, repo_id=publication.repo_id, license=license)
+    texts |= {CARD_NAME: str(card)} | _custom_generate(publication.lrsa)
+    problems = [problem for name, text in texts.items() for problem in remaining_paths(name, text, run)]
+    if problems:
+        raise SettingsError(problems)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def _settings(run: Path, base_model: str | None) -> RunSettings:
+    # Files that only training needs may be missing on this machine.
+    overrides = ["train.deepspeed=null", "model.chat_template=null"]
+    overrides += [f"model.name_or_path={base_model}"] if base_model else []
+    settings = load_settings(config_of_run(str(run)), overrides)
+    if hub_id(settings.model.name_or_path) is None:
+        text = (
+            f"is the local directory {settings.model.name_or_path}, which nobody else can load: give the model's name "
+            "on the Hub with --base-model ORG/NAME"
+        )
+        raise SettingsError([Problem("", "model.name_or_path", text)])
+    return settings
+
+
+def _results(run: Path) -> Results:
+    try:
+        return Results.load(run)
+    except ValueError as error:
+        raise ValueError(f"{error}: measure the adapter with launch/evaluate.py --run {run}") from error
+
+
+def _custom_generate(config: LRSAConfig) -> dict[str, str]:
+    """`custom_generate/` as transformers loads it, with the settings of the adapter."""
+    settings = f"# lrsa_config.json of this repository, as it was published.\nSETTINGS = {config.to_dict()}\n"
+    source = CUSTOM_GENERATE.read_text(encoding="utf-8")
+    return {"custom_generate/generate.py": source, "custom_generate/settings.py": settings}

@@ -1,0 +1,92 @@
+"""No path of this machine leaves it: what stands in a published file instead of a local path.
+
+The rule. A setting that names a local file or directory is published as its path inside the repository
+(`configs/deepspeed/zero2.json`) or else as its last name (`questions.json`), and wherever another published text holds
+that path, it is replaced in the same way. Access tokens are left out. A text that still names the working directory,
+the repository, the run or the home directory is not published.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from train.settings.errors import Problem
+from train.settings.sources import REPOSITORY
+
+# Free text such as a prompt template may begin with a slash, so only these settings count as paths, and all of train.
+PATHS = {"model": ("name_or_path", "chat_template"), "data": ("path", "eval_path")}
+SECRETS = ("token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key", "password")
+
+
+class Redaction:
+    """What is replaced in the texts of one run.
+
+    Args:
+        settings: the sections of the run's config.yaml, as plain values.
+        base_model: the Hub id that is published for the base model.
+
+    Attributes:
+        settings: the sections as they are published.
+        replaced: local path -> what stands in its place.
+    """
+
+    def __init__(self, settings: dict, base_model: str):
+        self.replaced = {}
+        self.settings = {section: self._section(section, values) for section, values in settings.items()}
+        base = settings["model"]["name_or_path"]
+        self.replaced |= {base: base_model} if _is_local(base) else {}
+        self.settings["model"]["name_or_path"] = base_model
+
+    def _section(self, section: str, values: dict) -> dict:
+        names = [name for name in values if section == "train" or name in PATHS.get(section, ())]
+        kept = {name: value for name, value in values.items() if name not in SECRETS}
+        return kept | {name: self._public(values[name]) for name in names if name in kept}
+
+    def _public(self, value):
+        """A setting without tokens and local paths, however deep they lie in it."""
+        if isinstance(value, dict):
+            return {name: self._public(inner) for name, inner in value.items() if name not in SECRETS}
+        if isinstance(value, list):
+            return [self._public(inner) for inner in value]
+        if not _is_local(value):
+            return value
+        return self.replaced.setdefault(value, _public(value))
+
+    def config(self) -> str:
+        """The published config.yaml."""
+        return yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True, width=120)
+
+    def text(self, text: str) -> str:
+        """A published text, local paths replaced, longer ones first."""
+        for path in sorted(self.replaced, key=len, reverse=True):
+            text = re.sub(_pattern(path), lambda _, path=path: self.replaced[path], text)
+        return text
+
+
+def remaining_paths(name: str, text: str, run: Path) -> list[Problem]:
+    """One problem for every line of a text that names a place of this machine."""
+    places = {str(place.resolve()) for place in (Path.cwd(), Path.home(), REPOSITORY, run)} - {"/"}
+    pattern = re.compile("|".join(map(_pattern, places)))
+    return [
+        Problem(f"{name}:{number}", "", f"names a place of this machine, {found[0]}: take it out of the run's {name}")
+        for number, line in enumerate(text.splitlines(), 1)
+        if (found := pattern.search(line))
+    ]
+
+
+def _pattern(path: str) -> str:
+    """Matches a path and the beginning of a longer one, and no name that only begins or ends alike."""
+    return rf"(?<![\w.-]){re.escape(path)}(?![\w.-])"
+
+
+def _is_local(value: object) -> bool:
+    return isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "..")))
+
+
+def _public(path: str) -> str:
+    if Path(path).is_relative_to(REPOSITORY):
+        return str(Path(path).relative_to(REPOSITORY))
+    return Path(path).name

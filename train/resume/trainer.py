@@ -1,0 +1,190 @@
+"""TRL's SFTTrainer made to survive: every checkpoint is whole or does not count, and continuing one changes nothing.
+
+A run that is killed and continued ends with the same log and the same adapter as one that nobody disturbed. SIGTERM
+ends it after the current step, with a checkpoint. A loss that is not finite ends it too, before anything is saved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from trl import SFTTrainer
+
+from train.adapter import ADAPTER_NAME
+from train.resume.checkpoints import COMPLETE, checkpoints, damage, mark_complete, remove_damaged, remove_old
+from train.resume.interruption import ProcessLost, RunFailed, RunStopped, sigterm_noted
+
+
+class ResumableTrainer(SFTTrainer):
+    """Trains, stops and goes on; arguments are those of `SFTTrainer`."""
+
+    # What has been counted since the last line of the log, and is part of the next one.
+    counted = ("_globalstep_last_logged", "_total_train_tokens")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sigterm: list[int] = []
+        self._stopped = False
+        self._not_finite = torch.zeros((), device=self.args.device)
+        self.add_callback(_EndOfStep(self))
+
+    @property
+    def made_by(self) -> dict:
+        """The processes that share the optimizer's state: only the same ones can continue a checkpoint."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return {"processes": self.args.world_size, "zero_stage": None if plugin is None else plugin.zero_stage}
+
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs) -> TrainOutput:
+        """Train from a checkpoint that `newest_checkpoint` found, or from the beginning.
+
+        Raises:
+            RunStopped: SIGTERM came; a checkpoint of the last step is there.
+            RunFailed: the loss or the weights are not finite, or a checkpoint cannot be written.
+        """
+        self._continued = resume_from_checkpoint
+        if self.args.should_save:
+            remove_damaged(Path(self.args.output_dir))
+        with sigterm_noted() as self._sigterm, _lost_processes_told(self.args.world_size):
+            result = super().train(resume_from_checkpoint and str(resume_from_checkpoint), **kwargs)
+        if self._stopped:
+            raise RunStopped(
+                f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}. {self._last_good()}"
+            )
+        return result
+
+    def save_finished(self) -> None:
+        """Save the adapter and, last, the state that says how far it was trained."""
+        self._refuse_weights_that_are_not_finite()
+        with self._written(Path(self.args.output_dir)):
+            self.save_model()
+            self.save_state()
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._not_finite += ~torch.isfinite(loss)
+        return loss
+
+    def end_step(self) -> bool:
+        """Agree with the other processes on what to do after a step: whether to stop.
+
+        Raises:
+            RunFailed: when the loss of any process was not finite.
+        """
+        flags = torch.stack([torch.tensor(float(bool(self._sigterm)), device=self.args.device), self._not_finite])
+        stop, not_finite = self.accelerator.reduce(flags, reduction="sum").tolist()
+        if not_finite:
+            raise RunFailed(
+                f"the loss of step {self.state.global_step} is not finite: lower train.learning_rate, add "
+                f"train.warmup_steps or look at the data of that step. Nothing of it was saved. {self._last_good()}"
+            )
+        self._stopped = stop > 0
+        return self._stopped
+
+    def _run_epoch(self, **kwargs) -> None:
+        """Nothing when the checkpoint that is continued was the last one: transformers would take one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint, then say that it is complete, and only then delete older ones."""
+        self._refuse_weights_that_are_not_finite()
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (checkpoint / COMPLETE).unlink(missing_ok=True)
+        most, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with self._written(checkpoint):
+                super()._save_checkpoint(model, trial)
+                self._save_counted(checkpoint)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save and not self.args.save_only_model:
+                    mark_complete(checkpoint, self.made_by)
+        finally:
+            self.args.save_total_limit = most
+        if self.args.should_save:
+            remove_old(Path(self.args.output_dir), most, self.state.best_model_checkpoint)
+
+    def _save_counted(self, checkpoint: Path) -> None:
+        values = {name: getattr(self, name) for name in self.counted}
+        values |= {"loss": self._tr_loss.item(), "metrics": dict(self._metrics["train"])}
+        self._counted_file(checkpoint).write_text(json.dumps(values), encoding="utf-8")
+
+    def restore_counted(self) -> None:
+        """Go on with the log where the continued checkpoint left it, in the middle of a line if need be."""
+        if self._continued is None:
+            return
+        values = json.loads(self._counted_file(Path(self._continued)).read_text(encoding="utf-8"))
+        self._tr_loss += values["loss"]
+        self._total_loss_scalar -= values["loss"]  # `train_loss` is the mean of the steps since this start
+        self._metrics["train"].update(values["metrics"])
+        for name in self.counted:
+            setattr(self, name, values[name])
+
+    def _counted_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"counted_{self.args.process_index}.json"
+
+    def _refuse_weights_that_are_not_finite(self) -> None:
+        # Under ZeRO-3 a process holds a part of each weight, in ds_tensor.
+        held = [getattr(p, "ds_tensor", p) for p in self.model.parameters() if p.requires_grad]
+        bad = torch.tensor(sum(not torch.isfinite(x).all() for x in held), device=self.args.device)
+        if self.accelerator.reduce(bad, reduction="sum"):
+            raise RunFailed(
+                f"step {self.state.global_step} left weights that are not finite: lower train.learning_rate, or set "
+                f"train.max_grad_norm. They were not saved. {self._last_good()}"
+            )
+
+    @contextmanager
+    def _written(self, directory: Path) -> Iterator[None]:
+        """What cannot be written to its end is taken away again: it would look like something."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            whole = Path(self.args.output_dir)
+            if self.args.should_save:
+                remove_damaged(whole) if directory != whole else (whole / ADAPTER_NAME).unlink(missing_ok=True)
+            reason = str(error).strip().splitlines()[0]
+            raise RunFailed(
+                f"{directory} could not be written after step {self.state.global_step}: {reason}. Free space if the "
+                f"disk is full. {self._last_good()}"
+            ) from error
+
+    def _last_good(self) -> str:
+        whole = [path for path in checkpoints(Path(self.args.output_dir)) if damage(path) is None]
+        if not whole:
+            return "There is no complete checkpoint: the same command with --resume starts from the beginning."
+        return f"{whole[-1]} is complete: the same command with --resume goes on from there."
+
+
+class _EndOfStep(TrainerCallback):
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.restore_counted()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.trainer.end_step():
+            control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def _lost_processes_told(count: int) -> Iterator[None]:
+    """A process that dies breaks the connections of the others, whose errors speak of sockets."""
+    try:
+        yield
+    except RuntimeError as error:
+        if count > 1 and ("onnection" in str(error) or isinstance(error, torch.distributed.DistError)):
+            reason = str(error).strip().splitlines()[0]
+            raise ProcessLost(
+                "another process of this run is gone (its own message, if it left one, stands above): start again with "
+                f"--resume. {reason}"
+            ) from error
+        raise

@@ -1,0 +1,183 @@
+"""One run from settings to report, top to bottom: data, model, LRSA, LoRA, training, adapter, evaluation."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pyarrow.compute
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
+
+import data
+from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
+from train.adapter import verify_adapter
+from train.banner import plan_of, print_banner
+from train.distributed import environment
+from train.distributed.ulysses import (
+    SequenceParallelTrainer,
+    check_sequence_parallel,
+    parallelism_config,
+    separate_rows,
+    share_rows,
+)
+from train.estimate.out_of_memory import is_out_of_memory, out_of_memory
+from train.evaluation import evaluate_run
+from train.model import load_model, load_tokenizer, lora_config
+from train.objective import objective_problems
+from train.publish.model_card import save_model_card
+from train.resume.checkpoints import is_finished, newest_checkpoint, replace_text
+from train.resume.run_directory import (
+    CONFIG_NAME,
+    check_run_directory,
+    clear_run_directory,
+    discard_results,
+    lock_run_directory,
+)
+from train.settings.defaults import with_defaults
+from train.settings.errors import Problem, SettingsError
+from train.settings.load import RunSettings
+from train.trainer import LRSATrainer
+
+
+def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train an adapter as the settings say, evaluate it and return the run's directory.
+
+    Args:
+        settings: from `load_settings`.
+        resume: continue from the newest complete checkpoint in the directory, or start when there is none; adapters
+            that are finished are not trained again. `train.resume_from_checkpoint: auto` means the same.
+        overwrite: delete an earlier run's results in the directory first.
+
+    Raises:
+        SettingsError, data.DataError, AdapterError: with a message for the person who started the run.
+        RunStopped, RunFailed: as `ResumableTrainer.train`.
+    """
+    settings = with_defaults(settings)
+    directory = Path(settings.train["output_dir"])
+    resume = not overwrite and (resume or settings.train.get("resume_from_checkpoint") == "auto")
+    check_run_directory(settings, resume, overwrite)
+    environment.start(settings.train)
+    check_sequence_parallel(settings)
+    main = environment.rank() == 0
+    console = Console(quiet=not main)
+    args = sft_config(settings, directory)
+
+    tokenizer = load_tokenizer(settings.model)
+    corpus = data.load(settings.data, tokenizer, args.seed, settings.lrsa.dense_length)
+    if main:
+        directory.mkdir(parents=True, exist_ok=True)
+        _lock = lock_run_directory(directory)  # held until this function ends
+        if overwrite:
+            clear_run_directory(directory)
+        replace_text(directory / CONFIG_NAME, settings.to_yaml())
+        corpus.report.save(directory)
+        corpus.report.print(console)
+
+    train_adapter(settings, args, corpus, tokenizer, settings.lrsa, console, resume)
+    if settings.eval.control:
+        control_args = sft_config(settings, directory / "control")
+        train_adapter(settings, control_args, corpus, tokenizer, None, console, resume)
+
+    environment.stop()
+    if main:
+        evaluated = settings.eval.enabled
+        results = evaluate_run(settings, directory, tokenizer, corpus.evaluation, console) if evaluated else None
+        save_model_card(settings, directory, results)
+    return directory
+
+
+def sft_config(settings: RunSettings, output_dir: Path) -> SFTConfig:
+    """TRL's own configuration from the `train` section.
+
+    Raises:
+        SettingsError: with what TRL or transformers object to.
+    """
+    values = settings.train | {"output_dir": str(output_dir), "completion_only_loss": True}
+    if settings.parallel.sp_size > 1:
+        values = {"pad_to_multiple_of": settings.parallel.sp_size} | values
+        values["parallelism_config"] = parallelism_config(settings.parallel.sp_size)
+    try:
+        return SFTConfig(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise SettingsError([Problem("", "train", f"refused by TRL's SFTConfig: {error}")]) from error
+
+
+def train_adapter(
+    settings: RunSettings,
+    args: SFTConfig,
+    corpus: data.Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    lrsa: LRSAConfig | None,
+    console: Console,
+    resume: bool,
+) -> None:
+    """Train one adapter of the base model, under LRSA or dense, and leave it verified in `args.output_dir`."""
+    if resume and is_finished(args):
+        console.print(f"{args.output_dir} holds a finished adapter: it is not trained again", soft_wrap=True)
+        return
+    if environment.rank() == 0:
+        discard_results(Path(settings.train["output_dir"]))
+    trainer = _trainer(settings, args, corpus, tokenizer, lrsa)
+    lost = _tokens(corpus.train) - _tokens(trainer.train_dataset)
+    assert lost == 0, f"TRL dropped {lost} tokens of rows that were ready"
+    print_banner(console, settings, trainer, corpus.report)
+    try:
+        newest = newest_checkpoint(Path(args.output_dir), trainer.made_by, console) if resume else None
+        trainer.train(resume_from_checkpoint=newest)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(plan_of(settings, trainer), error) from error
+    trainer.save_finished()
+    if trainer.is_world_process_zero():
+        verify_adapter(args.output_dir)
+    if settings.parallel.sp_size > 1:
+        separate_rows(args)
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokenizer, lrsa) -> LRSATrainer:
+    """Base model with its attention set, LoRA and trainer; what the libraries object to is told as a mistake."""
+    model = load_model(settings.model)
+    if lrsa is not None and (problems := objective_problems(settings.objective, lrsa, model)):
+        raise SettingsError(problems)
+    try:
+        model = remove_lrsa(model) if lrsa is None else apply_lrsa(model, lrsa)
+    except ValueError as error:
+        raise SettingsError([Problem("", "lrsa", str(error))]) from error
+    shared = settings.parallel.sp_size > 1
+    if shared:
+        share_rows(args, model, selection=lrsa is not None and settings.objective.selection > 0)
+    try:
+        return (SequenceParallelTrainer if shared else LRSATrainer)(
+            model=model,
+            args=args,
+            train_dataset=corpus.train,
+            eval_dataset=None if args.eval_strategy == "no" else _loss_rows(corpus.evaluation),
+            processing_class=tokenizer,
+            peft_config=lora_config(settings.lora, settings.model.revision),
+            lrsa=lrsa,
+            objective=settings.objective,
+        )
+    except ValueError as error:
+        raise SettingsError([Problem("", "train, lora", f"refused by TRL or PEFT: {error}")]) from error
+
+
+def _loss_rows(evaluation: list[dict]) -> Dataset:
+    """Evaluation rows as TRL takes them, for `train.eval_strategy`."""
+    rows = [(row["input_ids"], row.get("prompt_length", 0)) for row in evaluation]
+    masks = [[0] * prompt + [1] * (len(ids) - prompt) for ids, prompt in rows]
+    return Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "completion_mask": masks})
+
+
+def _tokens(rows: Dataset) -> int:
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
+    return sum(pyarrow.compute.sum(pyarrow.compute.list_value_length(batch["input_ids"])).as_py() for batch in batches)
