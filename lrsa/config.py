@@ -7,7 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 CONFIG_NAME = "lrsa_config.json"
-SCORES = ("lag_relative", "recent", "random")
+
+
+class LRSAConfigError(ValueError):
+    """Settings that cannot be used; `problems` lists `(field, what is wrong with it)`, all of them at once."""
+
+    def __init__(self, problems: list[tuple[str, str]]):
+        self.problems = problems
+        super().__init__("\n".join(f"{field} {text}" for field, text in problems))
 
 
 @dataclass(frozen=True)
@@ -20,11 +27,9 @@ class LRSAConfig(dict):
         top_k: tokens `K` kept of every window, for each KV head. `top_k == lag_size` keeps everything: dense attention.
         value_weight: weight of the values' score against the keys' score (LagKV's `score_v_ratio`).
         skip_layers: indices of layers that stay dense, in training and in the cache.
-        score: what tokens are ranked by: "lag_relative" is the method; "recent" (the last of a window are kept) and
-            "random" are controls of equal budget for experiments.
 
     Raises:
-        ValueError: naming every field that cannot be used, its value, what is allowed and what to change.
+        LRSAConfigError: naming every field that cannot be used, its value, what is allowed and what to change.
 
     It is also a `dict` of its own fields, so that it travels inside `model.config` through JSON.
     """
@@ -34,45 +39,37 @@ class LRSAConfig(dict):
     top_k: int = 32
     value_weight: float = 1.0
     skip_layers: tuple[int, ...] = ()
-    score: str = "lag_relative"
+
+    # What `select_tokens` ranks by in place of the lag-relative scores; only the controls of an experiment set it.
+    rank = None
 
     def __post_init__(self):
-        problems = self._problems()
-        if problems:
-            raise ValueError("\n".join(problems))
+        if problems := self._problems():
+            raise LRSAConfigError(problems)
         object.__setattr__(self, "value_weight", float(self.value_weight))
         object.__setattr__(self, "skip_layers", tuple(sorted(set(self.skip_layers))))
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["skip_layers"] = list(self.skip_layers)
-        if self.score == SCORES[0]:
-            del values["score"]  # a control of experiments has no place in the file of an ordinary adapter
-        dict.update(self, values)
+        dict.update(self, values | {"skip_layers": list(self.skip_layers)})
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[tuple[str, str]]:
         problems = []
         for name, smallest in (("sink_size", 0), ("lag_size", 1), ("top_k", 1)):
             value = getattr(self, name)
             if not _is_int(value):
-                problems.append(f"{name} must be a whole number, got {value!r}: write it without quotes or fraction.")
+                problems.append((name, f"must be a whole number, got {value!r}: write it without quotes or fraction."))
             elif value < smallest:
-                problems.append(f"{name} must be at least {smallest}, got {value}: raise {name}.")
+                problems.append((name, f"must be at least {smallest}, got {value}: raise {name}."))
         if _is_int(self.top_k) and _is_int(self.lag_size) and self.top_k > self.lag_size >= 1:
-            problems.append(
-                f"top_k must be between 1 and lag_size ({self.lag_size}), got {self.top_k}: "
-                "lower top_k or raise lag_size."
-            )
+            allowed = f"must be between 1 and lag_size ({self.lag_size}), got {self.top_k}"
+            problems.append(("top_k", f"{allowed}: lower top_k or raise lag_size."))
         weight = self.value_weight
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6:
-            problems.append(f"value_weight must be a number from 0 to 1e6, got {weight!r}: 1.0 is LagKV's choice.")
+            text = f"must be a number from 0 to 1e6, got {weight!r}: 1.0 is LagKV's choice."
+            problems.append(("value_weight", text))
         layers = self.skip_layers
         if not isinstance(layers, (list, tuple, set, frozenset)) or not all(_is_int(i) and i >= 0 for i in layers):
-            problems.append(
-                f"skip_layers must be a list of layer indices counted from 0, got {layers!r}: for example [0, 1]."
-            )
-        if self.score not in SCORES:
-            problems.append(
-                f"score must be one of {', '.join(SCORES)}, got {self.score!r}: lag_relative is the method."
-            )
+            text = f"must be a list of layer indices counted from 0, got {layers!r}: for example [0, 1]."
+            problems.append(("skip_layers", text))
         return problems
 
     def _refuse_change(self, *args, **kwargs):
@@ -85,7 +82,7 @@ class LRSAConfig(dict):
         return self._refuse_change() if name in self else super().pop(name, *default)
 
     def __reduce__(self):
-        return LRSAConfig.from_dict, (dict(self),)
+        return type(self).from_dict, (dict(self),)
 
     @property
     def keep_ratio(self) -> float:
@@ -111,7 +108,7 @@ class LRSAConfig(dict):
 
     def replace(self, **changes) -> LRSAConfig:
         """The same settings with some fields changed; the result is checked again."""
-        return LRSAConfig(**(self.to_dict() | changes))
+        return type(self)(**(self.to_dict() | changes))
 
     def with_keep_ratio(self, keep_ratio: float) -> LRSAConfig:
         """The same settings with `top_k` nearest to `keep_ratio * lag_size`, at least 1."""
@@ -127,9 +124,9 @@ class LRSAConfig(dict):
     def from_dict(cls, values: dict) -> LRSAConfig:
         """Settings from plain values; an unknown field is an error, never ignored."""
         known = [field.name for field in fields(cls)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise ValueError(f"unknown LRSA setting {', '.join(unknown)}: allowed are {', '.join(known)}.")
+        text = f"is an unknown LRSA setting: allowed are {', '.join(known)}."
+        if unknown := [(name, text) for name in values if name not in known]:
+            raise LRSAConfigError(unknown)
         return cls(**values)
 
     def save_pretrained(self, directory: str | Path) -> Path:

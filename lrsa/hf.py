@@ -213,6 +213,7 @@ def _compare(cache: LRSAConfig, model: LRSAConfig) -> None:
     """Warn once when the cache keeps other tokens than the model was set to."""
     names = [field.name for field in fields(LRSAConfig)]
     pairs = [(name, getattr(cache, name), getattr(model, name)) for name in names]
+    pairs.append(("selection by", type(cache).__name__, type(model).__name__))
     differ = [f"{name} {mine} against {theirs}" for name, mine, theirs in pairs if mine != theirs]
     if differ:
         logger.warning("this LRSACache differs from the model's LRSA settings (%s)", ", ".join(differ))

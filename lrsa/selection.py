@@ -42,21 +42,9 @@ def select_tokens(keys: torch.Tensor, values: torch.Tensor, config: LRSAConfig) 
 
     Source: LagKV, arXiv 2504.04704, section 3.
     """
-    scores = _scores(keys, values, config)
-    windows = scores.shape[2]
+    scores = (config.rank or lag_relative_scores)(keys, values, config)
     # A stable sort, because topk promises no order among equals and every copy of a head must keep the same tokens.
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : config.top_k]
     local = order.sort(dim=-1).values
-    starts = config.sink_size + config.lag_size * torch.arange(windows, device=scores.device)
+    starts = config.sink_size + config.lag_size * torch.arange(scores.shape[2], device=scores.device)
     return Selection(local + starts[:, None])
-
-
-def _scores(keys: torch.Tensor, values: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
-    if config.score == "lag_relative":
-        return lag_relative_scores(keys, values, config)
-    windows = max(max(keys.shape[2] - config.sink_size, 0) // config.lag_size - 1, 0)
-    shape = (*keys.shape[:2], windows, config.lag_size)
-    if config.score == "recent":
-        return torch.arange(config.lag_size, device=keys.device, dtype=torch.float32).expand(shape)
-    generator = torch.Generator().manual_seed(0)  # the same tokens each time, so that recomputed layers agree
-    return torch.rand(shape, generator=generator).to(keys.device)

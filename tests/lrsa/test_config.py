@@ -75,7 +75,7 @@ def test_load_says_what_is_wrong(tmp_path):
         LRSAConfig.from_pretrained(tmp_path)
     path = tmp_path / "lrsa_config.json"
     path.write_text('{"lag_sise": 3}')
-    with pytest.raises(ValueError, match=r"lrsa_config\.json: unknown LRSA setting lag_sise: allowed are sink_size"):
+    with pytest.raises(ValueError, match=r"config\.json: lag_sise is an unknown LRSA setting: allowed are sink_size"):
         LRSAConfig.from_pretrained(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"lrsa_config\.json"):

@@ -12,6 +12,7 @@ import lrsa
 import lrsa.hf
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT
+from lrsa.evaluation.measure.controls import Recent
 
 CONFIG = LRSAConfig(3, 8, 2)
 
@@ -157,10 +158,10 @@ def test_cache_of_other_settings_warns(random_llama, caplog):
         logits(random_llama, five, **{CACHE_ARGUMENT: LRSACache(CONFIG.replace(top_k=3))})
         logits(random_llama, five, **{CACHE_ARGUMENT: LRSACache(CONFIG.replace(top_k=3))})
     assert "top_k 3 against 2" in caplog.text and len(caplog.records) == 1
-    apply_lrsa(random_llama, CONFIG.replace(score="recent"))
+    apply_lrsa(random_llama, Recent(**CONFIG))
     with caplog.at_level(logging.WARNING, logger="lrsa"):
         logits(random_llama, five, **{CACHE_ARGUMENT: LRSACache(CONFIG)})
-    assert "score lag_relative against recent" in caplog.text
+    assert "selection by LRSAConfig against Recent" in caplog.text
 
 
 def test_refused_by_name(random_llama):

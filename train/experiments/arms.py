@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm.auto import tqdm
 
-from lrsa.config import SCORES
+from lrsa.evaluation.measure.controls import CONTROLS
 from train.adapter import ADAPTER_NAME
 from train.settings import yaml_lines
 from train.settings.errors import Problem, SettingsError
@@ -74,8 +74,8 @@ def load_experiment(path: str, more: list[str] | None = None) -> Experiment:
         names = ", ".join(experiment.arms)
         problems.append(Problem(path, "versus", f"must be one of the arms {names}, got {experiment.versus!r}"))
     for name in experiment.controls:
-        if name not in SCORES[1:]:
-            problems.append(Problem(path, "controls", f"must be of {', '.join(SCORES[1:])}, got {name!r}"))
+        if name not in CONTROLS:
+            problems.append(Problem(path, "controls", f"must be of {', '.join(CONTROLS)}, got {name!r}"))
     for arm in experiment.arms:
         if "/" in arm:
             problems.append(Problem(path, "arms", f"names folders, so it must have no slash, got {arm!r}"))

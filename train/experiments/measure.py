@@ -10,6 +10,7 @@ from peft import PeftModel
 import data
 from lrsa.config import LRSAConfig
 from lrsa.evaluation import Results, Variant, compare
+from lrsa.evaluation.measure.controls import CONTROLS
 from train.evaluation import BASE, TASKS
 from train.experiments.arms import Experiment, run_directory, settings_of
 from train.model import load_model, load_tokenizer
@@ -36,8 +37,8 @@ class Scores:
         """Base, controls and every adapter: `(arm, seed or None, results)`."""
         lrsa, ratios = self.settings.lrsa, self.settings.eval.keep_ratios
         yield BASE, None, self._base(lrsa, ratios)
-        for score in self.experiment.controls:
-            yield f"{BASE}, {score}", None, self._base(lrsa.replace(score=score))
+        for control in self.experiment.controls:
+            yield f"{BASE}, {control}", None, self._base(CONTROLS[control](**lrsa))
         for arm, seed, directory in self._runs():
             yield arm, seed, self._adapter(arm, directory, ratios)
 
@@ -68,8 +69,7 @@ class Scores:
             self.adapters = PeftModel.from_pretrained(self.base, directory, adapter_name=name).eval()
         else:
             self.adapters.load_adapter(str(directory), adapter_name=name)
-        lrsa = self.settings.lrsa.replace(score=settings_of(self.experiment, arm, 0).lrsa.score)
-        results = self._measure(arm, Variant(self.adapters, name), lrsa, ratios, rows)
+        results = self._measure(arm, Variant(self.adapters, name), self.settings.lrsa, ratios, rows)
         if len(self.adapters.peft_config) > 1:
             self.adapters.delete_adapter(name)
         return results

@@ -10,6 +10,7 @@ import yaml
 
 from data.settings import DataSettings
 from lrsa import LRSAConfig
+from lrsa.config import LRSAConfigError
 from train.settings.errors import SettingsError, did_you_mean, unknown_setting
 from train.settings.paths import check_deepspeed, with_data_files, with_model_files
 from train.settings.schema import EvalSettings, LoraSettings, ModelSettings, ObjectiveSettings, ParallelSettings
@@ -118,10 +119,8 @@ def _build_lrsa(values: dict, found: list) -> LRSAConfig | None:
     found += [(("lrsa", name), unknown_setting(name, names)) for name in values if name not in names]
     try:
         return LRSAConfig(**known)
-    except ValueError as error:
-        for line in str(error).splitlines():
-            name, _, text = line.partition(" ")
-            found.append((("lrsa", name), text))
+    except LRSAConfigError as error:
+        found += [(("lrsa", name), text) for name, text in error.problems]
         return None
 
 

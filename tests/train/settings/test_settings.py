@@ -56,8 +56,7 @@ BROKEN = {
     ),
     "unlike any key": (
         ("  sink_size", "  banana"),
-        "run.yaml:4 lrsa.banana: unknown setting; "
-        "allowed are sink_size, lag_size, top_k, value_weight, skip_layers, score",
+        "run.yaml:4 lrsa.banana: unknown setting; allowed are sink_size, lag_size, top_k, value_weight, skip_layers",
     ),
     "key of another section": (
         ("  rows: 5", "  top_k: 5"),
