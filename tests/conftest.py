@@ -118,6 +118,7 @@ def tiny_run(tmp_path_factory, byte_tokenizer) -> Path:
         "train": {
             "output_dir": str(directory / "runs" / "tiny"),
             "max_steps": 2,
+            "logging_steps": 1,
             "per_device_train_batch_size": 4,
             "learning_rate": 0.1,
             "use_cpu": True,

@@ -10,7 +10,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lrsa import LRSAConfig
-from lrsa.evaluation import Results, Variant, compare
+from lrsa.evaluation import Results, Variant, compare, draw_training, print_report, save_report
+from lrsa.evaluation.report.pictures import TRAINING_PICTURE
 from lrsa.loading import refuse_pickle
 from train.adapter import ADAPTER_NAME
 from train.model import load_model
@@ -66,10 +67,18 @@ def evaluate_run(
         )
         raise SettingsError([Problem("", "eval.batch_size", text)]) from error
     out = Path(adapter) if out is None else out
-    results.save(out)
-    results.print(console)
+    out.mkdir(parents=True, exist_ok=True)
+    save_training_losses(Path(adapter), out)
+    save_report(results, out)
+    print_report(results, console)
     console.print(f"report: {out / 'report.md'}")
     return results
+
+
+def save_training_losses(run: Path, out: Path) -> None:
+    """Draw the losses in the logs of a run's adapter and its control, when there are any, into `out`."""
+    logs = {TUNED: run / "log.jsonl", CONTROL: run / "control" / "log.jsonl"}
+    draw_training(logs, out / TRAINING_PICTURE)
 
 
 def load_variants(settings: RunSettings, adapter: str | Path) -> tuple[LRSAConfig, dict[str, Variant]]:

@@ -25,7 +25,7 @@ from train.distributed.ulysses import (
     share_rows,
 )
 from train.estimate.out_of_memory import is_out_of_memory, out_of_memory
-from train.evaluation import evaluate_run
+from train.evaluation import evaluate_run, save_training_losses
 from train.model import load_model, load_tokenizer, lora_config
 from train.objective import objective_problems
 from train.publish.model_card import save_model_card
@@ -84,6 +84,7 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
 
     environment.stop()
     if main:
+        save_training_losses(directory, directory)  # also where nothing is evaluated: the model card shows them
         evaluated = settings.eval.enabled
         results = evaluate_run(settings, directory, tokenizer, corpus.evaluation, console) if evaluated else None
         save_model_card(settings, directory, results)

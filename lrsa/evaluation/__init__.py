@@ -7,8 +7,10 @@ from lrsa.evaluation.measure.perplexity import evaluate_loss, perplexity_of
 from lrsa.evaluation.measure.question_answering import evaluate_question_answering
 from lrsa.evaluation.measure.retrieval import evaluate_retrieval
 from lrsa.evaluation.measure.state import Variant
-from lrsa.evaluation.report.results import Cell, Results, Setting
-from lrsa.evaluation.report.score import Score, paired_difference
+from lrsa.evaluation.report.pictures import draw_training
+from lrsa.evaluation.report.tables import print_report, save_report
+from lrsa.evaluation.results import Cell, Results, Setting
+from lrsa.evaluation.score import Score, paired_difference
 
 __all__ = [
     "Cell",
@@ -19,6 +21,7 @@ __all__ = [
     "Variant",
     "cache_cost",
     "compare",
+    "draw_training",
     "evaluate_loss",
     "evaluate_question_answering",
     "evaluate_retrieval",
@@ -26,4 +29,6 @@ __all__ = [
     "paired_difference",
     "perplexity_of",
     "prefill_cost",
+    "print_report",
+    "save_report",
 ]

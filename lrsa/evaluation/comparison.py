@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Literal
 import numpy
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 import lrsa
 from lrsa.config import LRSAConfig
+from lrsa.evaluation.extra import extra
 from lrsa.evaluation.measure.cost import LayerCost, prefill_cost
 from lrsa.evaluation.measure.generation import check_rows, generate_answers, longest_answer
 from lrsa.evaluation.measure.perplexity import evaluate_loss, perplexity_of
 from lrsa.evaluation.measure.question_answering import score_question_answering
 from lrsa.evaluation.measure.retrieval import score_retrieval
 from lrsa.evaluation.measure.state import Variant, causal_lm, with_adapter, with_attention
-from lrsa.evaluation.report.results import Cell, Results, Setting
+from lrsa.evaluation.results import Cell, Results, Setting
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,11 +61,14 @@ def compare(
         progress: show a progress bar, on a terminal.
 
     Returns:
-        `Results`, with `.print()`, `.save(directory)`, `.score(model, setting)` and `.difference(a, b, setting)`.
+        `Results`, with `.score(model, setting)` and `.difference(a, b, setting)`; `print_report` and `save_report` of
+        this package show and write them.
 
     Raises:
         ValueError: when task, ratios, rows or models cannot be used; said before anything is run.
+        ImportError: when a progress bar is wanted and the extra `lrsa[evaluation]` is not installed.
     """
+    tqdm = extra("tqdm.auto").tqdm if progress else None
     _check(models, tokenizer, rows, task)
     if task != "loss" and max_new_tokens is None:
         max_new_tokens = longest_answer(tokenizer, rows)
@@ -74,19 +77,20 @@ def compare(
     settings = [Setting(setting, _cost(first, setting, read)) for setting in _settings(config, keep_ratios)]
     details = _details(first, task, batch_size, max_new_tokens, seed)
     expected = None if task == "loss" else [row["answers"] for row in rows]
-    results = Results(task, config, settings, _describe(read, config), details, expected)
-    with tqdm(total=len(models) * len(settings) * len(rows), unit="row", disable=None if progress else True) as bar:
+    cells: dict[str, dict[str, Cell]] = {name: {} for name in models}
+    total = len(models) * len(settings) * len(rows)
+    with tqdm(total=total, unit="row", disable=None) if progress else nullcontext() as bar:  # None: off a terminal
         for name, model in models.items():
-            results.cells[name] = {}
             for setting in settings:
-                bar.set_description(f"evaluating {name}, {setting.name}")
+                if bar is not None:
+                    bar.set_description(f"evaluating {name}, {setting.name}")
                 start = time.perf_counter()
                 with _adapter(model), with_attention(_plain(model), setting.config):
                     scores, answers = _measure(
-                        task, _plain(model), tokenizer, rows, batch_size, max_new_tokens, bar.update, seed
+                        task, _plain(model), tokenizer, rows, batch_size, max_new_tokens, bar and bar.update, seed
                     )
-                results.cells[name][setting.name] = Cell(scores, answers, time.perf_counter() - start)
-    return results
+                cells[name][setting.name] = Cell(scores, answers, time.perf_counter() - start)
+    return Results(task, config, settings, _describe(read, config), details, cells, expected)
 
 
 def _measure(task, model, tokenizer, rows, batch_size, max_new_tokens, progress, seed):
@@ -103,7 +107,7 @@ def _measure(task, model, tokenizer, rows, batch_size, max_new_tokens, progress,
 
 
 def _settings(config: LRSAConfig, keep_ratios: Sequence[float]) -> list[LRSAConfig | None]:
-    """The full cache, then the trained and the asked ratios, falling."""
+    """The full cache, then the trained and the given keep ratios, falling."""
     found = {config.top_k: config} | {c.top_k: c for c in map(config.with_keep_ratio, keep_ratios)}
     return [None, *(found[top_k] for top_k in sorted(found, reverse=True) if top_k < config.lag_size)]
 

@@ -11,7 +11,8 @@ from trl import SFTConfig
 
 import lrsa
 from lrsa.evaluation import Results
-from lrsa.evaluation.report.report import TITLES, measurements, setting_name
+from lrsa.evaluation.report.pictures import TRAINING_PICTURE
+from lrsa.evaluation.report.tables import TITLES, TRAINING, measurements, setting_name
 from train.settings.load import RunSettings
 
 CARD_NAME = "README.md"
@@ -109,6 +110,7 @@ def model_card(
         *([CUSTOM_GENERATE.format(**sample)] if repo_id else []),
         f"## Evaluation\n\n{_evaluation(results)}",
         f"## Training\n\n{_training(settings)}",
+        *([TRAINING] if (directory / TRAINING_PICTURE).is_file() else []),
     ]
     text = "\n\n".join(sections)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lrsa.evaluation.measure.generation import by_length, check_rows
 from lrsa.evaluation.measure.state import causal_lm, in_eval_mode
-from lrsa.evaluation.report.score import Score
+from lrsa.evaluation.score import Score
 
 LOGITS_AT_ONCE = 2**25
 

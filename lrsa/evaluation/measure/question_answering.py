@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from lrsa.evaluation.measure.generation import generate_answers
-from lrsa.evaluation.report.score import Score
+from lrsa.evaluation.score import Score
 
 
 def evaluate_question_answering(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lrsa.evaluation.measure.generation import generate_answers
-from lrsa.evaluation.report.score import Score
+from lrsa.evaluation.score import Score
 
 
 def evaluate_retrieval(

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from lrsa.cache import CACHE_ARGUMENT
 from lrsa.config import LRSAConfig
+from lrsa.evaluation.extra import extra
 from lrsa.evaluation.measure.state import active_config, causal_lm, in_eval_mode
 from lrsa.hf import sliding_windows
 from lrsa.selection import select_tokens
@@ -92,19 +93,18 @@ def near(tokens: int, config: LRSAConfig) -> int:
 
 def draw_kept_tokens(kept: torch.Tensor, pieces: Sequence[str], config: LRSAConfig, path: str | Path) -> None:
     """Write a picture: tokens against layers and their KV heads, and below it the text, shaded by how many keep it."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
+    colors, patches = extra("matplotlib.colors"), extra("matplotlib.patches")
     layers, heads, tokens = kept.shape
     lines = _lines(pieces)
     grid_height, text_height = 1 + 0.075 * layers * heads, 0.19 * len(lines)
-    figure = Figure(figsize=(11, grid_height + text_height + 1), layout="constrained")
+    figure = extra("matplotlib.figure").Figure(figsize=(11, grid_height + text_height + 1), layout="constrained")
     grid, page = figure.subplots(2, 1, height_ratios=(grid_height, text_height))
     colours = kept.flatten(0, 1).int()
     position = torch.arange(tokens)
     colours[:, (position < config.sink_size) | (position >= near(tokens, config))] = 2
-    grid.imshow(colours.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap(COLOURS), vmin=0, vmax=2)
+    grid.imshow(
+        colours.numpy(), aspect="auto", interpolation="nearest", cmap=colors.ListedColormap(COLOURS), vmin=0, vmax=2
+    )
     for border in range(heads, layers * heads, heads):
         grid.axhline(border - 0.5, color="black", linewidth=0.8)
     for border in range(config.sink_size, tokens, config.lag_size):
@@ -112,7 +112,7 @@ def draw_kept_tokens(kept: torch.Tensor, pieces: Sequence[str], config: LRSAConf
     grid.set_yticks([layer * heads + (heads - 1) / 2 for layer in range(layers)], [f"layer {i}" for i in range(layers)])
     grid.set(xlabel="token; windows are divided by thin lines", ylabel=f"{heads} KV heads each")
     figure.legend(
-        handles=[Patch(facecolor=c, edgecolor="#999999", label=n) for c, n in zip(COLOURS, NAMES, strict=True)],
+        handles=[patches.Patch(facecolor=c, edgecolor="#999999", label=n) for c, n in zip(COLOURS, NAMES, strict=True)],
         loc="outside upper center", ncols=3, frameon=False,
     )  # fmt: skip
     page.set(xlim=(0, LINE), ylim=(len(lines), 0))
@@ -121,15 +121,10 @@ def draw_kept_tokens(kept: torch.Tensor, pieces: Sequence[str], config: LRSAConf
     shades = _shades(kept, config)
     for row, line in enumerate(lines):
         for column, token, letters in line:
-            page.add_patch(_box(column, row, len(letters), shades[token]))
+            box = patches.Rectangle((column, row), len(letters), 1, facecolor=shades[token], linewidth=0)
+            page.add_patch(box)
             page.text(column, row + 0.76, letters, family="monospace", fontsize=10.4, parse_math=False)
     figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
-
-
-def _box(column: int, row: int, width: int, colour: str):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column, row), width, 1, facecolor=colour, linewidth=0)
 
 
 def _lines(pieces: Sequence[str]) -> list[list[tuple[int, int, str]]]:

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
-from lrsa.evaluation import Results, Variant, compare, evaluate_loss
-from lrsa.evaluation.report.report import markdown
+from lrsa.evaluation import Results, Variant, compare, evaluate_loss, print_report, save_report, score
+from lrsa.evaluation.report.tables import markdown
 
 CONFIG = LRSAConfig(sink_size=2, lag_size=8, top_k=1)
 
@@ -114,7 +114,7 @@ def test_state_is_put_back_after_an_error(adapted, start):
 def test_plain_model_is_measured_as_it_stands(random_llama):
     results = compare({"model": random_llama}, None, make_rows(), "loss", CONFIG, (0.5,), progress=False)
     assert results.score("model") == evaluate_loss(random_llama, make_rows())
-    assert results.differences() == []
+    assert results.differences == []
 
 
 def test_differences_are_paired(adapted):
@@ -122,7 +122,7 @@ def test_differences_are_paired(adapted):
     found = results.difference("lrsa", "base", "1/8")
     pairs = zip(results.score("lrsa", "1/8").per_row, results.score("base", "1/8").per_row, strict=True)
     assert found.per_row == pytest.approx([a - b for a, b in pairs])
-    assert [other for other, _ in results.differences()] == ["base", "control"]
+    assert [other for other, _ in results.differences] == ["base", "control"]
 
 
 def test_measured_cost_stands_in_the_results(adapted):
@@ -133,7 +133,7 @@ def test_measured_cost_stands_in_the_results(adapted):
 
 def test_files_can_be_read_and_hold_everything(adapted, tmp_path):
     results = run(adapted)
-    directory = results.save(tmp_path / "new" / "run")
+    directory = save_report(results, tmp_path / "new" / "run")
     assert sorted(path.name for path in directory.iterdir()) == ["report.md", "results.json", "score_vs_keep_ratio.png"]
     found = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     assert found == json.loads(json.dumps(results.to_dict()))
@@ -154,7 +154,7 @@ def test_files_can_be_read_and_hold_everything(adapted, tmp_path):
 def test_terminal_shows_every_score(adapted, width, capsys):
     results = run(adapted)
     results.cells["tuned[bold]"] = results.cells.pop("lrsa")
-    results.print(Console(width=width))
+    print_report(results, Console(width=width))
     shown = capsys.readouterr().out
     assert "tuned[bold]" in shown
     for model in results.models:
@@ -190,9 +190,18 @@ def test_errors_come_before_any_work(adapted):
 
 def test_saved_results_are_read_back(adapted, tmp_path):
     results = run(adapted)
-    found = Results.load(results.save(tmp_path))
+    found = Results.load(save_report(results, tmp_path))
     assert found.to_dict() == results.to_dict() and markdown(found) == (tmp_path / "report.md").read_text()
     assert found.score("lrsa", "1/8") == results.score("lrsa", "1/8")
     (tmp_path / "results.json").write_text('{"task": "loss"}')
     with pytest.raises(ValueError, match=r"results\.json cannot be read as the results of an evaluation"):
         Results.load(tmp_path)
+
+
+def test_intervals_are_computed_once(adapted, tmp_path, monkeypatch):
+    results, computed = run(adapted), []
+    real = score._bootstrap_interval
+    monkeypatch.setattr(score, "_bootstrap_interval", lambda *args: computed.append(1) or real(*args))
+    save_report(results, tmp_path)
+    print_report(results, Console())
+    assert len(computed) == 2 * 4  # differences from two other models at four settings

@@ -1,18 +1,16 @@
-"""What an evaluation found: scores of every model at every setting, and the measured cost of every setting's cache."""
+"""What an evaluation measured: scores of every model at every setting, and the cost of every setting's cache."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-
-from rich.console import Console
 
 from lrsa.config import LRSAConfig
 from lrsa.evaluation.measure.cost import LayerCost
-from lrsa.evaluation.report import picture, report
-from lrsa.evaluation.report.score import CONFIDENCE, RESAMPLES, Score, paired_difference
+from lrsa.evaluation.score import CONFIDENCE, RESAMPLES, Score, paired_difference
 
 FULL = "full"
 RESULTS_NAME = "results.json"
@@ -56,7 +54,7 @@ class Cell:
     seconds: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Results:
     """The outcome of `compare`.
 
@@ -66,8 +64,8 @@ class Results:
         settings: the full cache first, then falling keep ratios.
         rows: number and lengths of the rows, and the share of them that is long enough to be compressed.
         details: batch size, seed, versions and the like.
-        expected: the correct answers of every row (`None` for loss).
         cells: model name -> setting name -> `Cell`.
+        expected: the correct answers of every row (`None` for loss).
     """
 
     task: str
@@ -75,8 +73,8 @@ class Results:
     settings: list[Setting]
     rows: dict
     details: dict
+    cells: dict[str, dict[str, Cell]]
     expected: list[list[str]] | None = None
-    cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -117,6 +115,7 @@ class Results:
         scores = self.score(a, setting, metric), self.score(b, setting, metric)
         return paired_difference(*scores, seed=self.details["seed"])
 
+    @cached_property
     def differences(self) -> list[tuple[str, dict[str, Score]]]:
         """The last model minus each other one, by setting: the last is the one that a report is about."""
         *others, last = self.models
@@ -136,7 +135,7 @@ class Results:
         ]  # fmt: skip
         differences = [
             {"model": self.models[-1], "minus": other, "setting": setting, "metric": self.metrics[0]} | score.to_dict()
-            for other, scores in self.differences()
+            for other, scores in self.differences
             for setting, score in scores.items()
         ]
         interval = {"confidence": CONFIDENCE, "method": "percentile bootstrap over rows", "resamples": RESAMPLES}
@@ -147,13 +146,11 @@ class Results:
         }  # fmt: skip
 
     def save(self, directory: str | Path) -> Path:
-        """Write `results.json`, `report.md` and `score_vs_keep_ratio.png` into `directory` (made if missing)."""
+        """Write `results.json` into `directory` (made if missing); `save_report` writes the report as well."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         (directory / RESULTS_NAME).write_text(text + "\n", encoding="utf-8")
-        (directory / "report.md").write_text(report.markdown(self), encoding="utf-8")
-        picture.draw(self, directory / report.PICTURE)
         return directory
 
     @classmethod
@@ -182,11 +179,7 @@ class Results:
             cells.setdefault(cell["model"], {})[cell["setting"]] = Cell(scores, cell["answers"], cell["seconds"])
         details = {name: value for name, value in values.items() if name not in NOT_DETAILS}
         config = LRSAConfig.from_dict(values["lrsa"])
-        return cls(values["task"], config, settings, values["rows"], details, values["expected"], cells)
-
-    def print(self, console: Console | None = None) -> None:
-        """Scores, differences and cache cost as tables on the terminal."""
-        report.to_console(self, console or Console())
+        return cls(values["task"], config, settings, values["rows"], details, cells, values["expected"])
 
 
 def ratio_name(config: LRSAConfig) -> str:

@@ -1,23 +1,22 @@
-"""The results as a page to read and as tables on the terminal."""
+"""Results as a directory of files, as Markdown, and as tables on the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from lrsa.evaluation.report.score import CONFIDENCE, RESAMPLES
+from lrsa.evaluation.extra import extra
+from lrsa.evaluation.measure.cost import LayerCost
+from lrsa.evaluation.report.pictures import PICTURE, TRAINING_PICTURE, draw_scores
+from lrsa.evaluation.results import Results, Setting
+from lrsa.evaluation.score import CONFIDENCE, RESAMPLES
 
 if TYPE_CHECKING:
-    from lrsa.evaluation.measure.cost import LayerCost
-    from lrsa.evaluation.report.results import Results, Setting
+    from rich.console import Console
+    from rich.table import Table
 
-PICTURE = "score_vs_keep_ratio.png"
 TITLES = {
     "accuracy": "Retrieval accuracy (share of the answer's symbols in place)",
     "f1": "Answer F1",
@@ -26,11 +25,27 @@ TITLES = {
     "perplexity": "Perplexity (lower is better)",
 }
 EXAMPLES, EXAMPLE_WIDTH = 3, 60
+TRAINING = f"![Losses of the training against steps]({TRAINING_PICTURE})"
 
 
-def markdown(results: Results) -> str:
-    """The whole report as Markdown."""
+def save_report(results: Results, directory: str | Path) -> Path:
+    """Write `results.json`, `report.md` and `score_vs_keep_ratio.png` into `directory` (made if missing).
+
+    The report also shows the losses of the training when `draw_training` has left its picture there.
+    """
+    directory = results.save(directory)
+    (directory / "report.md").write_text(
+        markdown(results, trained=(directory / TRAINING_PICTURE).is_file()), encoding="utf-8"
+    )
+    draw_scores(results, directory / PICTURE)
+    return directory
+
+
+def markdown(results: Results, trained: bool = False) -> str:
+    """The whole report as Markdown; `trained`: with the picture of `draw_training`."""
     sections = [f"# Evaluation: {results.task}", measurements(results)]
+    if trained:
+        sections.append(f"## Training\n\n{TRAINING}")
     if results.expected:
         sections.append(f"## Examples\n\n{_markdown_table(_example_rows(results))}")
     sections.append(f"## Settings\n\n{_markdown_table(_setting_rows(results))}")
@@ -45,16 +60,17 @@ def measurements(results: Results) -> str:
         f"![{TITLES[results.metrics[0]]} against keep ratio]({PICTURE})",
         *(f"## {TITLES[metric]}\n\n{_markdown_table(_score_rows(results, metric))}" for metric in results.metrics),
     ]
-    if results.differences():
+    if results.differences:
         sections.append(f"## {_difference_title(results)}\n\n{_markdown_table(_difference_rows(results))}")
     sections.append(f"## {_cost_title(results)}\n\n{_markdown_table(_cost_rows(results))}")
     return "\n\n".join(sections)
 
 
-def to_console(results: Results, console: Console) -> None:
-    """Scores, differences and cost, as tables of `rich`."""
+def print_report(results: Results, console: Console | None = None) -> None:
+    """Show scores, differences and cost on the terminal, as tables of `rich`."""
+    console = console or extra("rich.console").Console()
     tables = [(TITLES[metric], _score_rows(results, metric)) for metric in results.metrics]
-    if results.differences():
+    if results.differences:
         tables.append((_difference_title(results), _difference_rows(results)))
     tables.append((_cost_title(results), _cost_rows(results)))
     for title, rows in tables:
@@ -66,9 +82,10 @@ def to_console(results: Results, console: Console) -> None:
 
 def _rich_table(title: str, rows: list[list[str]], width: int) -> Table:
     """A table; intervals go below their values when they do not fit beside them."""
+    box, escape, tables = extra("rich.box"), extra("rich.markup").escape, extra("rich.table")
     needed = sum(3 + max(map(len, column)) for column in zip(*rows, strict=True))
     between = " " if needed <= width else "\n"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = tables.Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     head, *body = ([escape(cell.replace(" [", f"{between}[")) for cell in row] for row in rows)
     for column, name in enumerate(head):
         table.add_column(name, justify="left" if column == 0 else "right")
@@ -107,7 +124,7 @@ def _difference_title(results: Results) -> str:
 
 
 def _difference_rows(results: Results) -> list[list[str]]:
-    differences = results.differences()
+    differences = results.differences
     rows = [["cache", *(f"minus {other}" for other, _ in differences)]]
     for setting in results.settings:
         found = (scores[setting.name] for _, scores in differences)

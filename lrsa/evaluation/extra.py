@@ -1,0 +1,19 @@
+"""The packages that reports need and `import lrsa` does not: the extra `lrsa[evaluation]`."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def extra(module: str) -> ModuleType:
+    """Import a module of matplotlib, rich or tqdm.
+
+    Raises:
+        ImportError: when it is not installed, with what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f'{package} is needed here: pip install "lrsa[evaluation]" ({error})') from error
