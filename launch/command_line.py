@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from train.distributed import environment
-from train.resume.interruption import FAILED, NO_SPACE, ProcessLost, RunFailed, RunStopped
+from train.failures import FAILED, NO_SPACE, ProcessLost, RunFailed, RunStopped
 
 PATIENCE = 20  # seconds
 
@@ -67,7 +67,7 @@ def _tell(message: str, patience: int = PATIENCE) -> None:
 
 def _mistakes() -> tuple[type[Exception], ...]:
     from data import DataError
-    from train.adapter import AdapterError
+    from train.model import AdapterError
     from train.settings.errors import SettingsError
 
     return (SettingsError, DataError, AdapterError, RunStopped, RunFailed)

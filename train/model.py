@@ -1,4 +1,4 @@
-"""Loads the base model and its tokenizer as the `model` section says, and describes the adapter for PEFT."""
+"""Base model, tokenizer and LoRA adapter: loaded as the `model` section says, described for PEFT, verified on disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +18,12 @@ from transformers import (
 
 from train.settings.errors import Problem, SettingsError
 from train.settings.schema import LoraSettings, ModelSettings
+
+ADAPTER_NAME = "adapter_model.safetensors"
+
+
+class AdapterError(ValueError):
+    """A saved adapter that holds nothing of use."""
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -61,6 +68,52 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
 def lora_config(settings: LoraSettings, revision: str | None = None) -> LoraConfig:
     """PEFT's configuration of the adapter; `revision` is the base model's."""
     return LoraConfig(**settings.model_dump(), task_type="CAUSAL_LM", revision=revision)
+
+
+def verify_adapter(directory: str | Path) -> int:
+    """Check that a saved LoRA adapter holds trained weights.
+
+    Returns:
+        the number of its tensors.
+
+    Raises:
+        AdapterError: when the file is missing or unreadable, a tensor is empty or not finite, or all `lora_B` are zero.
+    """
+    path = Path(directory) / ADAPTER_NAME
+    if not path.is_file():
+        raise AdapterError(f"{path} was not written: no adapter was saved.")
+    empty, not_finite, trained, count = [], [], False, 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                tensor, count = file.get_tensor(name), count + 1
+                if tensor.numel() == 0:
+                    empty.append(name)
+                elif not torch.isfinite(tensor).all():
+                    not_finite.append(name)
+                trained = trained or ("lora_B" in name and bool(tensor.any()))
+    except SafetensorError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if count == 0 or empty:
+        raise AdapterError(
+            f"{path} holds {f'empty tensors ({_some(empty)})' if empty else 'no tensor'}. Under ZeRO-3 set "
+            '"stage3_gather_16bit_weights_on_model_save": true in the zero_optimization part of the DeepSpeed file.'
+        )
+    if not_finite:
+        raise AdapterError(
+            f"{path} holds values that are not finite ({_some(not_finite)}): training diverged; lower "
+            "train.learning_rate, or add train.warmup_steps."
+        )
+    if not trained:
+        raise AdapterError(
+            f"{path} is untrained: every lora_B is zero. Was there a step with a learning rate above 0? See "
+            "train.max_steps, train.learning_rate and train.warmup_steps."
+        )
+    return count
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _load(auto_class: type, settings: ModelSettings, **options):

@@ -14,7 +14,6 @@ from trl import SFTConfig
 
 import data
 from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
-from train.adapter import verify_adapter
 from train.banner import plan_of, print_banner
 from train.distributed import environment
 from train.distributed.ulysses import (
@@ -24,9 +23,9 @@ from train.distributed.ulysses import (
     separate_rows,
     share_rows,
 )
-from train.estimate.out_of_memory import is_out_of_memory, out_of_memory
+from train.estimate.report import is_out_of_memory, out_of_memory
 from train.evaluation import evaluate_run, save_training_losses
-from train.model import load_model, load_tokenizer, lora_config
+from train.model import load_model, load_tokenizer, lora_config, verify_adapter
 from train.objective import objective_problems
 from train.publish.model_card import save_model_card
 from train.resume.checkpoints import is_finished, newest_checkpoint, replace_text

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from launch.command_line import explain
 from lrsa import LRSAConfig
 from tests.tiny_run import ROOT, launch, log_of, make_workplace
-from train.adapter import AdapterError, verify_adapter
+from train.model import AdapterError, verify_adapter
 from train.settings.load import load_settings
 from train.trainer import kept_tokens
 

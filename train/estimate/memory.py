@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from train.estimate.plan import Plan
-from train.estimate.shape import ATTENTION, MLP
+from train.estimate.plan import ATTENTION, MLP, Plan
 from train.objective import LOGITS
 
 # TRL scores this many tokens against this many words at a time (trl.kernels.chunked_logprob, trl.trainer.utils).

@@ -9,8 +9,7 @@ from lrsa import LRSAConfig
 from train.estimate.devices import Device
 from train.estimate.duration import exchange_bytes, predict_duration
 from train.estimate.memory import predict_memory
-from train.estimate.plan import Plan, sizes_of_sequence_groups
-from train.estimate.shape import ATTENTION, MLP, ModelShape
+from train.estimate.plan import ATTENTION, MLP, ModelShape, Plan, sizes_of_sequence_groups
 
 RANK, ROWS = 16, 16
 LENGTHS, GPUS = (131072, 524288, 1048576), (1, 2, 4, 8, 16, 32, 64)

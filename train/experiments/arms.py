@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm.auto import tqdm
 
 from lrsa.evaluation.measure.controls import CONTROLS
-from train.adapter import ADAPTER_NAME
+from train.model import ADAPTER_NAME
 from train.settings import yaml_lines
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings, load_settings

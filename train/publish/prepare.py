@@ -11,7 +11,7 @@ import yaml
 
 from lrsa import LRSAConfig
 from lrsa.evaluation import Results
-from train.adapter import ADAPTER_NAME, AdapterError, verify_adapter
+from train.model import ADAPTER_NAME, AdapterError, verify_adapter
 from train.publish.model_card import CARD_NAME, hub_id, model_card
 from train.publish.redaction import Redaction, remaining_paths
 from train.resume.run_directory import CONFIG_NAME, PUBLISHED_NAME, config_of_run

@@ -9,7 +9,7 @@ from typing import TextIO
 
 import yaml
 
-from train.adapter import ADAPTER_NAME
+from train.model import ADAPTER_NAME
 from train.resume.checkpoints import STATE, checkpoints
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings

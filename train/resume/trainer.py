@@ -7,6 +7,7 @@ ends it after the current step, with a checkpoint. A loss that is not finite end
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from train.adapter import ADAPTER_NAME
+from train.failures import ProcessLost, RunFailed, RunStopped
+from train.model import ADAPTER_NAME
 from train.resume.checkpoints import COMPLETE, checkpoints, damage, mark_complete, remove_damaged, remove_old
-from train.resume.interruption import ProcessLost, RunFailed, RunStopped, sigterm_noted
 
 
 class ResumableTrainer(SFTTrainer):
@@ -188,3 +189,17 @@ def _lost_processes_told(count: int) -> Iterator[None]:
                 f"--resume. {reason}"
             ) from error
         raise
+
+
+@contextmanager
+def sigterm_noted() -> Iterator[list]:
+    """Inside the block SIGTERM ends nothing: the list that it yields stops being empty instead.
+
+    Launchers send the signal more than once; only the first one counts.
+    """
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -27,8 +27,8 @@ from train.estimate import DEVICES, Plan, helpful_changes, plan_run, predict_dur
 from train.estimate import memory as memory_module
 from train.estimate.devices import this_device
 from train.estimate.duration import exchange_bytes, pairs
+from train.estimate.plan import shape_from_config
 from train.estimate.scaling import scaling_tables
-from train.estimate.shape import shape_from_config
 from train.settings.load import load_settings
 from train.settings.schema import ObjectiveSettings
 from train.trainer import LRSATrainer

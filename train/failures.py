@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 FAILED = 1
@@ -26,17 +23,3 @@ class RunFailed(Exception):
 
 class ProcessLost(RunFailed):
     """Another process of the run is gone, perhaps the one that speaks for all."""
-
-
-@contextmanager
-def sigterm_noted() -> Iterator[list]:
-    """Inside the block SIGTERM ends nothing: the list that it yields stops being empty instead.
-
-    Launchers send the signal more than once; only the first one counts.
-    """
-    noted: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGTERM, before)
