@@ -174,9 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()
     options.heads = tuple(map(int, options.heads.split("/")))
-    options.impls = options.impls or (
-        ["native", "rectangles"] if options.device == "cpu" else ["rectangles", "cudnn", "flex"]
-    )
+    options.impls = options.impls or (["native", "tiled"] if options.device == "cpu" else ["tiled", "cudnn", "flex"])
     return options
 
 

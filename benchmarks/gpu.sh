@@ -29,8 +29,8 @@ attention() {  # part, heads, options
 
 run tests tests 400 "$python" -m pytest -q --no-header tests/lrsa/attention/test_gpu.py
 for heads in 28/4 32/8; do
-    attention attention "$heads" --impls rectangles cudnn --lengths 8192 32768 65536 131072
+    attention attention "$heads" --impls tiled cudnn --lengths 8192 32768 65536 131072
 done
-attention flex 28/4 --impls rectangles cudnn flex --lengths 8192 32768  # compiled for every length, a minute each
+attention flex 28/4 --impls tiled cudnn flex --lengths 8192 32768  # compiled for every length, a minute each
 run step step 400 "$python" benchmarks/step.py --out "$out/step" --device cuda --lengths 16384 65536 --rounds 2
 exit $failed

@@ -104,7 +104,11 @@ class LRSAConfig(dict):
 
     def for_layer(self, layer: int) -> LRSAConfig:
         """The settings of one layer: those in `skip_layers` keep everything."""
-        return self.replace(top_k=self.lag_size) if layer in self.skip_layers else self
+        return self.full() if layer in self.skip_layers else self
+
+    def full(self) -> LRSAConfig:
+        """The same settings with everything kept: the full cache, dense attention."""
+        return self.replace(top_k=self.lag_size)
 
     def replace(self, **changes) -> LRSAConfig:
         """The same settings with some fields changed; the result is checked again."""

@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from lrsa.attention import lrsa_attention
+from lrsa.attention import check_impl, lrsa_attention
 from lrsa.attention.sliding import sliding_attention
 from lrsa.config import LRSAConfig
 
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 REFUSED = {
     "softcap": "caps its attention scores, which flash kernels cannot: load it with attn_logit_softcapping=None to do "
     "without",
-    "s_aux": "has attention sinks as parameters, a share of every softmax that belongs to no token and that the pieces "
-    "of lrsa's attention do not carry",
-    "sinks": "has attention sinks as parameters, a share of every softmax that belongs to no token and that the pieces "
-    "of lrsa's attention do not carry",
+    "s_aux": "has attention sinks as parameters, a share of every softmax that belongs to no token and that "
+    "lrsa's attention does not carry",
+    "sinks": "has attention sinks as parameters, a share of every softmax that belongs to no token and that "
+    "lrsa's attention does not carry",
     "position_bias": "adds a bias to its attention scores, which flash kernels cannot",
     "indices": "chooses the tokens that it attends to itself",
     "block_indices": "chooses the tokens that it attends to itself",
@@ -33,7 +33,7 @@ REFUSED = {
 }
 
 
-def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
+def apply_lrsa(model: PreTrainedModel, config: LRSAConfig, impl: str = "auto") -> PreTrainedModel:
     """Give a model Lag-Relative Sparse Attention, for training, evaluation and generation with `LRSACache`.
 
     Layers with a sliding window keep it, and only the others are compressed. A window of at least
@@ -42,14 +42,16 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
     Args:
         model: a transformers causal LM, or a PEFT model around one; changed in place.
         config: the settings; they travel as `model.config.lrsa`. Applying again changes them.
+        impl: what computes the attention, as `lrsa_attention` takes it; it is not stored with the model.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: when the model's class fixes its attention, some of its layers are of another kind (recurrent,
-            convolution, chunked, ...), or `skip_layers` names a layer it does not have.
+            convolution, chunked, ...), `skip_layers` names a layer it does not have, or there is no such `impl`.
     """
+    check_impl(impl)
     base = _transformers_model(model)
     text = base.config.get_text_config()
     layers = text.num_hidden_layers
@@ -71,8 +73,10 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
         )
     if previous != NAME:
         base._attention_before_lrsa = previous
-    for module_config in _configs(base):
-        module_config.lrsa = config
+    set_config(base, config)
+    for module in base.modules():
+        if hasattr(module, "layer_idx"):
+            module.lrsa_impl = impl
     if layers and not compressed_layers(base, config.replace(skip_layers=())):
         logger.warning(
             "lrsa will compress nothing: every layer of %s slides over its last %d tokens. Load the model with "
@@ -81,6 +85,12 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
             text.sliding_window,
         )
     return model
+
+
+def set_config(model: PreTrainedModel, config: LRSAConfig) -> None:
+    """Change the settings of a model that `apply_lrsa` has prepared, as training does from step to step."""
+    for module_config in _configs(_transformers_model(model)):
+        module_config.lrsa = config
 
 
 def compressed_layers(model: PreTrainedModel, config: LRSAConfig) -> list[int]:
@@ -103,6 +113,8 @@ def remove_lrsa(model: PreTrainedModel) -> PreTrainedModel:
     for module_config in _configs(base):
         if hasattr(module_config, NAME):
             del module_config.lrsa
+    for module in base.modules():
+        module.__dict__.pop("lrsa_impl", None)
     return model
 
 
@@ -143,11 +155,11 @@ def lrsa_attention_forward(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    window = _window(module, kwargs)
+    window, impl = _window(module, kwargs), getattr(module, "lrsa_impl", "auto")
     options = {"scale": scaling, "position_ids": position_ids, "attention_mask": attention_mask}
     if cache is not None:
         _compare(cache.config, config_of(module))
-        out = cache.attend(module.layer_idx, window, query, key, value, **options)
+        out = cache.attend(module.layer_idx, window, query, key, value, impl=impl, **options)
     elif query.shape[2] != key.shape[2]:
         raise ValueError(
             'attention "lrsa" generates over its own cache: call model.generate(..., '
@@ -156,8 +168,10 @@ def lrsa_attention_forward(
     elif window:
         out = sliding_attention(query, key, value, window, **options)
     else:
-        out = lrsa_attention(query, key, value, _layer_config(module), **options)
-        supervision = kwargs.get("lrsa_supervision")
+        config, supervision = _layer_config(module), kwargs.get("lrsa_supervision")
+        if supervision is not None and supervision.recording:  # the teacher has the full cache
+            config = _full(config)
+        out = lrsa_attention(query, key, value, config, impl=impl, **options)
         if supervision is not None:
             out = supervision.attach(module.layer_idx, query, key, value, out, scaling, position_ids, attention_mask)
     return out.transpose(1, 2), None
@@ -206,6 +220,7 @@ def _layer_config(module) -> LRSAConfig:
 
 
 _of_layer = functools.lru_cache(maxsize=1024)(LRSAConfig.for_layer)
+_full = functools.lru_cache(maxsize=64)(LRSAConfig.full)
 
 
 @functools.lru_cache(maxsize=64)

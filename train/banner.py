@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from data import DataReport
-from lrsa.attention.api import choose
+from lrsa.attention.api import describe
 from lrsa.hf import sliding_windows
 from train.estimate import Plan, plan_run, shape_of, this_device
 from train.estimate.report import memory_line, time_line
@@ -101,10 +101,13 @@ def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:
     skipped = f", layers {', '.join(map(str, lrsa.skip_layers))} dense" if lrsa.skip_layers else ""
     sliding = sum(window is not None for window in windows)
     skipped += f", {sliding} of {len(windows)} layers keep their sliding window" if sliding else ""
+    text = trainer.model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    computed_by = describe("auto", trainer.args.device.type, PRECISIONS[_precision(trainer)], head_dim)
     return (
         f"LRSA, sink {lrsa.sink_size}, lag {lrsa.lag_size}, top_k {lrsa.top_k}{skipped}: keeps {lrsa.keep_ratio:.1%} "
         f"of a window; of {length} tokens the cache holds {kept:.0f} ({kept / length:.1%}); "
-        f"computed by {choose(trainer.args.device.type, PRECISIONS[_precision(trainer)])!r}"
+        f"computed by {computed_by}"
     )
 
 

@@ -18,7 +18,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lrsa import LRSAConfig, apply_lrsa
+from lrsa import LRSAConfig
 from lrsa.hf import compressed_layers
 from train.selection_loss import SelectionSupervision
 from train.settings.errors import Problem
@@ -49,28 +49,30 @@ class Objective:
         )
         self.trained = following != -100  # of the token behind each
         self.supervision = None
-        if settings.selection:
-            layers, chosen = compressed_layers(model, lrsa), settings.selection_layers
+        if settings.has_teacher:
+            self.layers, chosen = compressed_layers(model, lrsa), settings.selection_layers
+            taught = self.layers if chosen is None else [layer for layer in self.layers if layer in chosen]
             self.supervision = SelectionSupervision(
                 lrsa,
-                self.trained if asked is None else asked,  # the token before a trained one asks for it
-                layers if chosen is None else [layer for layer in layers if layer in chosen],
-                weight=settings.selection * share,
+                self.trained if asked is None else asked,  # the token before a trained one predicts it
+                taught if settings.selection else [],
+                weight=(settings.selection or 0.0) * share,
                 temperature=settings.selection_temperature,
                 queries=settings.selection_queries,
             )
         self._teacher_states = None
         self._student_states: list[torch.Tensor] = []
 
-    def teach(self, wrapped_model, config: LRSAConfig) -> None:
-        """Run the teacher, and set the model to `config` for the student."""
-        if self.settings.has_teacher:
-            apply_lrsa(self.model, config.replace(top_k=config.lag_size))
-            recording = self.supervision.record() if self.supervision else _nothing()
-            with torch.no_grad(), self.model.disable_adapter(), _hidden_states(self.model) as found, recording:
-                wrapped_model(**self.model_inputs("labels", "shift_labels"), logits_to_keep=1)
-            self._teacher_states = found[0][self.trained]
-        apply_lrsa(self.model, config)
+    def teach(self, wrapped_model) -> None:
+        """Run the teacher, if there is one."""
+        if self.supervision is None:
+            return
+        adapter_off, recording = self.model.disable_adapter(), self.supervision.record()
+        with torch.no_grad(), adapter_off, _hidden_states(self.model) as states, recording:
+            wrapped_model(**self.model_inputs("labels", "shift_labels"), logits_to_keep=1)
+        if missing := sorted(set(self.layers) - self.supervision.recorded):
+            raise RuntimeError(f"the teacher did not reach layers {missing}: the model passes them no arguments.")
+        self._teacher_states = states[0][self.trained]
 
     def model_inputs(self, *without: str) -> dict:
         """The batch, and with it the supervision that every layer's attention will find."""
@@ -80,9 +82,9 @@ class Objective:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Within it the student's forward leaves what distillation needs."""
-        with _hidden_states(self.model) as found:
+        with _hidden_states(self.model) as states:
             yield
-        self._student_states = found
+        self._student_states = states
 
     def total(self, cross_entropy: torch.Tensor) -> torch.Tensor:
         """The whole loss, whose backward also drives the supervision; `cross_entropy` is the trainer's."""
@@ -100,15 +102,10 @@ class Objective:
 
     def parts(self) -> dict[str, float]:
         """What the loss was made of, in nats per token, for the log."""
-        found = {} if self.distillation is None else {"distillation": self.distillation.item()}
+        parts = {} if self.distillation is None else {"distillation": self.distillation.item()}
         if self.supervision and self.supervision.losses:
-            untaught = sorted(set(self.supervision.layers) - set(self.supervision.losses))
-            if untaught:
-                raise RuntimeError(
-                    f"objective.selection did not reach layers {untaught}: leave them out of its layers."
-                )
-            found["selection"] = torch.stack(list(self.supervision.losses.values())).mean().item()
-        return found
+            parts["selection"] = torch.stack(list(self.supervision.losses.values())).mean().item()
+        return parts
 
     def _divergence(self, states: torch.Tensor) -> torch.Tensor:
         """Sum over trained tokens of KL(teacher || student) in nats, times the temperature squared."""
@@ -127,10 +124,10 @@ class Objective:
                 target = log_probabilities(teacher)
             return F.kl_div(log_probabilities(student), target, log_target=True, reduction="sum")
 
-        pieces = _most_of_any_process(math.ceil(len(states) / max(LOGITS // config.vocab_size, 1)), states.device)
+        chunks = _most_of_any_process(math.ceil(len(states) / max(LOGITS // config.vocab_size, 1)), states.device)
         sums = [
             checkpoint(part, *pair, use_reentrant=False)
-            for pair in zip(states.tensor_split(pieces), self._teacher_states.tensor_split(pieces), strict=True)
+            for pair in zip(states.tensor_split(chunks), self._teacher_states.tensor_split(chunks), strict=True)
         ]
         return heat**2 * torch.stack(sums).sum()
 
@@ -150,12 +147,12 @@ def config_of_step(settings: ObjectiveSettings, lrsa: LRSAConfig, step: int, ste
         step, steps: the step from 0 on, and how many the run has.
         seed: of the run.
     """
-    ratios = settings.keep_ratios
-    if not ratios:
+    if not settings.keep_ratios:
         return lrsa
+    configs = [lrsa if ratio == lrsa.keep_ratio else lrsa.with_keep_ratio(ratio) for ratio in settings.keep_ratios]
     if settings.schedule == "shrink":
-        return lrsa.with_keep_ratio(ratios[min(step * len(ratios) // max(steps, 1), len(ratios) - 1)])
-    return lrsa.with_keep_ratio(random.Random(f"{seed} {step}").choice(ratios))
+        return configs[min(step * len(configs) // max(steps, 1), len(configs) - 1)]
+    return random.Random(f"{seed} {step}").choice(configs)
 
 
 def objective_problems(settings: ObjectiveSettings, lrsa: LRSAConfig, model) -> list[Problem]:
@@ -182,15 +179,10 @@ def objective_problems(settings: ObjectiveSettings, lrsa: LRSAConfig, model) -> 
 @contextmanager
 def _hidden_states(model) -> Iterator[list[torch.Tensor]]:
     """The last hidden states `[B, T, C]` of every forward within, before the head."""
-    found = []
+    states = []
     backbone = model.get_base_model().base_model
-    handle = backbone.register_forward_hook(lambda module, inputs, output: found.append(output.last_hidden_state))
+    handle = backbone.register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
     try:
-        yield found
+        yield states
     finally:
         handle.remove()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

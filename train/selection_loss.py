@@ -27,8 +27,8 @@ BLOCK = 2**24  # attention weights held at once
 class SelectionSupervision:
     """Targets and loss of the selection for one batch, over all layers of a model.
 
-    First the teacher runs within `record()`, then the student; both as `model(**inputs, lrsa_supervision=self)` under
-    the attention "lrsa". `attach` is called by the attention function.
+    First the teacher runs within `record()`, with the full cache, then the student; both as
+    `model(**inputs, lrsa_supervision=self)` under the attention "lrsa", which calls `attach`.
 
     Args:
         config: the settings whose selection is taught; `top_k` does not matter.
@@ -40,6 +40,8 @@ class SelectionSupervision:
 
     Attributes:
         losses: layer -> loss of this batch without the weight, in nats per token of attention.
+        recording: whether the teacher is running: its attention has the full cache.
+        recorded: layers that the teacher's pass went through.
         upstream: factor that the backward of the whole loss starts with; see `scale_with`.
     """
 
@@ -61,16 +63,17 @@ class SelectionSupervision:
         self.losses: dict[int, torch.Tensor] = {}
         self.upstream: torch.Tensor | float = 1.0
         self._targets: dict[int, list[torch.Tensor]] = {}
-        self._recording = False
+        self.recording = False
+        self.recorded: set[int] = set()
 
     @contextmanager
     def record(self) -> Iterator[None]:
         """Within it, forwards note where the model looks instead of teaching it."""
-        self._recording = True
+        self.recording = True
         try:
             yield
         finally:
-            self._recording = False
+            self.recording = False
 
     def scale_with(self, loss: torch.Tensor) -> None:
         """Let the gradient that reaches `loss` scale the supervision: accumulation, loss scaling, averaging."""
@@ -102,9 +105,11 @@ class SelectionSupervision:
             `out`.
         """
         groups = find_documents(attention_mask, position_ids, (query.shape[0], query.shape[2]))
+        if self.recording:
+            self.recorded.add(layer)
         if layer not in self.layers or not groups:
             return out
-        if self._recording:
+        if self.recording:
             asked = _places(self.asked, groups, self.queries)
             parts = zip(asked, *(_laid_out(x, groups) for x in (query, key)), strict=True)
             self._targets[layer] = [future_attention(q, k, at, self.config, scale) for at, q, k in parts]

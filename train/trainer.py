@@ -10,8 +10,8 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from lrsa import LRSAConfig, apply_lrsa
-from lrsa.hf import sliding_windows
+from lrsa import LRSAConfig
+from lrsa.hf import config_of, set_config, sliding_windows
 from train.objective import Objective, config_of_step
 from train.resume.checkpoints import replace_text
 from train.resume.trainer import ResumableTrainer
@@ -38,8 +38,7 @@ class LRSATrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.model.training:
-            if self.lrsa is not None:  # not what the last step happened to draw
-                apply_lrsa(self.model, self.lrsa)
+            self._compress(self.lrsa)  # not what the last step happened to draw
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.lrsa is None:
             self._count_kept(inputs, None)
@@ -47,13 +46,19 @@ class LRSATrainer(ResumableTrainer):
         config = config_of_step(self.objective, self.lrsa, self.state.global_step, self.state.max_steps, self.args.seed)
         self._count_kept(inputs, config)
         objective = Objective(self.objective, self.lrsa, self.model, inputs, *self._shares(num_items_in_batch))
-        objective.teach(model, config)
+        self._compress(config)
+        objective.teach(model)
         with objective.watching():
             loss = super().compute_loss(model, objective.model_inputs(), False, num_items_in_batch)
         loss = objective.total(loss)
         for name, value in objective.parts().items():
             self._metrics["train"][name].append(value)
         return loss
+
+    def _compress(self, config: LRSAConfig | None) -> None:
+        """Set the model's compression, where it changes: once per step, and for an evaluation."""
+        if config is not None and config != config_of(self.model):
+            set_config(self.model, config)
 
     def _shares(self, num_items_in_batch) -> tuple[float, torch.Tensor | None]:
         """As TRL does with its own loss: with `num_items_in_batch` the trainer leaves both averages to the loss."""

@@ -1,3 +1,3 @@
-from lrsa.attention.api import lrsa_attention
+from lrsa.attention.api import check_impl, lrsa_attention
 
-__all__ = ["lrsa_attention"]
+__all__ = ["check_impl", "lrsa_attention"]

@@ -10,20 +10,21 @@ import logging
 
 import torch
 
-from lrsa.attention import flex, reference
-from lrsa.attention.cpu import build as compiler
-from lrsa.attention.cpu import kernel as native
+from lrsa.attention import flex, reference, sliding
+from lrsa.attention.cpu import build, kernel
 from lrsa.attention.documents import attend_documents
-from lrsa.attention.tiled import attention as rectangles
+from lrsa.attention.tiled import attention as tiled
+from lrsa.attention.tiled import sdpa
 from lrsa.config import LRSAConfig
+from lrsa.selection import select_tokens
 
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = {
     "reference": reference.attend,
-    "native": native.attend,
-    "rectangles": rectangles.attend,
-    "cudnn": functools.partial(rectangles.attend, vendor="cudnn"),
+    "native": kernel.attend,
+    "tiled": tiled.attend,
+    "cudnn": functools.partial(tiled.attend, backend="cudnn"),
     "flex": flex.attend,
 }
 
@@ -47,9 +48,9 @@ def lrsa_attention(
         scale: factor of the scores before the softmax, `D ** -0.5` when `None`.
         position_ids: `[B, T]` or `[1, T]`; a row is cut into documents where they restart, as packing does.
         attention_mask: the 2D padding mask `[B, T]`, nonzero where a token is real; padding on any side.
-        impl: `"reference"` (dense mask, for tests), `"native"` (compiled, CPU), `"rectangles"` (pieces for PyTorch's
-            flash kernels, any device), or `"auto"`, which logs once what it chose. Not yet run on a GPU and chosen by
-            name only: `"cudnn"` (the same pieces for cuDNN) and `"flex"` (FlexAttention; on a CPU without gradients).
+        impl: `"reference"` (dense mask, for tests), `"native"` (compiled, CPU), `"tiled"` (PyTorch's flash kernels tile
+            by tile, any device), or `"auto"`, which logs once what it chose. Not yet run on a GPU and chosen by name
+            only: `"cudnn"` (the same tiles by cuDNN) and `"flex"` (FlexAttention; on a CPU without gradients).
 
     Returns:
         `[B, H, T, D]` in the query's dtype; 0 at padding. Gradients flow to query, key and value.
@@ -76,29 +77,54 @@ def attend_rows(
     Returns:
         `[B, H, T, D]` in the query's dtype.
     """
+    length = key.shape[2]
+    is_dense = length <= config.dense_length or config.top_k == config.lag_size
+    if is_dense and impl != "reference":  # the oracle takes no shorter way
+        return sliding.attend(query, key, value, length, scale)  # a window over everything
     if impl == "auto":
-        impl = choose(query.device.type, query.dtype)
-    return IMPLEMENTATIONS[impl](query, key, value, config, scale)
+        impl = choose(query.device.type, query.dtype, query.shape[-1])
+    selection = select_tokens(key, value, config)
+    return IMPLEMENTATIONS[impl](query, key, value, selection, config, scale)
 
 
 @functools.cache
-def choose(device: str, dtype: torch.dtype) -> str:
-    """The implementation that `"auto"` takes on this kind of device in this dtype, by benchmarks/attention.py."""
-    if device != "cpu":
-        logger.info("lrsa_attention uses 'rectangles' on %s in %s: large calls of vendors' kernels", device, dtype)
-        return "rectangles"
-    try:
-        native.library(dtype)
-    except (compiler.CompilerError, OSError) as error:
-        logger.warning("lrsa_attention uses 'rectangles', because 'native', which is faster, cannot be used: %s", error)
-        return "rectangles"
-    logger.info("lrsa_attention uses 'native' on a CPU in %s: compiled, and it computes no hidden pair", dtype)
-    return "native"
+def choose(device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The implementation that `"auto"` takes for tensors of this kind, by benchmarks/attention.py; logged once."""
+    impl = "tiled"
+    if device == "cpu":
+        try:
+            kernel.library(dtype)
+            impl = "native"
+        except (build.CompilerError, OSError) as error:
+            logger.warning("lrsa_attention cannot use 'native', which is faster than 'tiled': %s", error)
+    logger.info("lrsa_attention uses %s on %s in %s", describe(impl, device, dtype, head_dim), device, dtype)
+    return impl
+
+
+def describe(impl: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """What computes the attention, in words: the implementation and the kernels that it really calls."""
+    if impl == "auto":
+        impl = choose(device, dtype, head_dim)
+    if impl != "tiled":
+        kernels = {"native": "compiled for this CPU", "reference": "a dense mask", "cudnn": "cuDNN's kernels"}
+        return f"{impl} ({kernels.get(impl, 'FlexAttention')})"
+    if sdpa.has_flash(device, dtype, head_dim):
+        return "tiled (PyTorch's flash kernels)"
+    return "tiled (matrix products: flash takes fp16 and bf16 on CUDA, with a head dim of 8, 16, ... 256)"
+
+
+def check_impl(impl: str) -> None:
+    """Refuse the name of an implementation that does not exist.
+
+    Raises:
+        ValueError: when it is neither `"auto"` nor a name in `IMPLEMENTATIONS`.
+    """
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}.")
 
 
 def _check(query, key, value, position_ids, attention_mask, impl):
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}.")
+    check_impl(impl)
     if query.dim() != 4 or key.dim() != 4:
         raise ValueError(
             f"query and key must be [batch, heads, tokens, head_dim], got {query.dim()}D and {key.dim()}D."

@@ -19,20 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from lrsa.attention import sliding
 from lrsa.config import LRSAConfig
-from lrsa.selection import select_tokens
+from lrsa.selection import Selection
 
 BLOCK = 128
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: LRSAConfig, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    selection: Selection,
+    config: LRSAConfig,
+    scale: float,
 ) -> torch.Tensor:
     """Attend over whole rows without padding.
 
     Args:
         query: `[B, H, T, D]`; key, value: `[B, G, T, D]`.
+        selection: the kept tokens of the rows.
 
     Returns:
         `[B, H, T, D]` in the query's dtype. On a CPU without gradients only, uncompiled, for tests.
@@ -41,13 +46,10 @@ def attend(
         ValueError: when there are fewer queries than keys, or gradients are asked for on a CPU.
     """
     length = key.shape[2]
-    if length <= config.dense_length or config.top_k == config.lag_size:
-        return sliding.attend(query, key, value, length, scale)  # a window over everything
     if query.shape[2] != length:
         raise ValueError(f"impl='flex' takes whole rows, got {query.shape[2]} queries of {length}: use impl='auto'.")
     layout = Layout(config.sink_size, config.lag_size, config.top_k, length)
-    index = select_tokens(key, value, config)
-    states = [layout.keys(x, index.gather(x)) for x in (key, value)]
+    states = [layout.keys(x, selection.gather(x)) for x in (key, value)]
     on_cpu = query.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError("impl='flex' has no gradients on a CPU: use impl='auto', or torch.no_grad().")

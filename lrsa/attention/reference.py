@@ -8,17 +8,23 @@ from __future__ import annotations
 import torch
 
 from lrsa.config import LRSAConfig
-from lrsa.selection import select_tokens
+from lrsa.selection import Selection
 from lrsa.visibility import visible
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: LRSAConfig, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    selection: Selection,
+    config: LRSAConfig,
+    scale: float,
 ) -> torch.Tensor:
     """Attend over rows without padding; the queries are the last `T` of the `S` tokens of each row.
 
     Args:
         query: `[B, H, T, D]`; key, value: `[B, G, S, D]`, with `T <= S`.
+        selection: the kept tokens of the rows.
 
     Returns:
         `[B, H, T, D]` in the query's dtype. Takes memory of size `T x S` for every head.
@@ -26,7 +32,7 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     length = key.shape[2]
     positions = torch.arange(length - query.shape[2], length, device=query.device)
-    mask = visible(select_tokens(key, value, config), positions, length, config)
+    mask = visible(selection, positions, length, config)
     scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scale
     weights = scores.masked_fill(~mask.repeat_interleave(groups, 1), float("-inf")).softmax(-1)
     return weights @ value.repeat_interleave(groups, 1)

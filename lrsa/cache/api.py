@@ -1,7 +1,7 @@
 """The cache that transformers is given: one layer of the right kind for every layer of the model.
 
-transformers hands a cache the new keys and values before the attention runs, and does not say which module they come
-from. So `update` only announces them, and the attention "lrsa", which knows its layer, calls `attend`.
+transformers hands a cache the new keys and values before the attention runs. So `update` only announces them, and the
+attention "lrsa", which has the queries too, calls `attend`: once, for the layer that was announced.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ class LRSACache(Cache):
         if prefill not in ("sparse", "dense"):
             raise ValueError(f"prefill must be 'sparse' or 'dense', got {prefill!r}.")
         self.config, self.prefill = config, prefill
-        self._announced = False
+        self._announced: int | None = None  # the layer whose tokens wait for their attention
         super().__init__(layers=[])
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Announce new keys and values; `attend`, which the attention "lrsa" calls next, takes them in."""
-        if self._announced:
+        if self._announced is not None:
             raise ValueError(
                 "LRSACache was given to a model whose attention is not 'lrsa', so nothing would be compressed: call "
                 "lrsa.apply_lrsa(model, config) first and start with a new cache; for a model that was not trained "
                 "under LRSA, LRSACache(config, prefill='dense')."
             )
-        self._announced = True
+        self._announced = layer_idx
         key_states.lrsa_cache = self
         return key_states, value_states
 
@@ -69,7 +69,15 @@ class LRSACache(Cache):
         Args:
             layer_idx: index of the layer; window: its sliding window in tokens, `None` if it attends to everything.
         """
-        self._announced = False
+        if layer_idx != self._announced:
+            announced = "none" if self._announced is None else f"those of layer {self._announced}"
+            self._announced = None
+            raise ValueError(
+                f"LRSACache does not support this model: layer {layer_idx} attends to new tokens, but {announced} were "
+                "announced to the cache (its attention runs twice per layer, or it has a cache index of its own): call "
+                "lrsa.remove_lrsa(model) and use the model's own cache."
+            )
+        self._announced = None
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers), window))
         return self.layers[layer_idx].attend(*args, **kwargs)
@@ -78,7 +86,7 @@ class LRSACache(Cache):
         return SlidingLayer(window) if window else CompressedLayer(self.config.for_layer(layer_idx), self.prefill)
 
     def reset(self) -> None:
-        self._announced = False
+        self._announced = None
         super().reset()
 
     def activate_past_recording(self) -> None:

@@ -29,7 +29,7 @@ class CompressedLayer(RowsLayer):
         super().__init__()
         self.config = config
         # A rule that keeps everything is dense attention; what is dropped afterwards is another matter.
-        self.attention = config if prefill == "sparse" else config.replace(top_k=config.lag_size)
+        self.attention = config if prefill == "sparse" else config.full()
 
     def length(self, seen: int) -> int:
         return self.config.kept_length(seen)
@@ -40,11 +40,11 @@ class CompressedLayer(RowsLayer):
         """Length of `[sink | kept]` of a row; to the tokens behind it, all of that is one long sink."""
         return self.config.sink_size + self.config.compressed_windows(seen) * self.config.top_k
 
-    def _attend_whole(self, query, key, value, **options) -> torch.Tensor:
-        return lrsa_attention(query, key, value, self.attention, **options)
+    def _attend_whole(self, query, key, value, impl: str, **options) -> torch.Tensor:
+        return lrsa_attention(query, key, value, self.attention, impl=impl, **options)
 
-    def _attend_behind(self, query, keys, values, seen: int, scale: float) -> torch.Tensor:
-        return attend_rows(query, keys, values, self.attention.replace(sink_size=self._far(seen)), scale)
+    def _attend_behind(self, query, keys, values, seen: int, scale: float, impl: str) -> torch.Tensor:
+        return attend_rows(query, keys, values, self.attention.replace(sink_size=self._far(seen)), scale, impl)
 
     def _in_order(self, states: torch.Tensor, seen: int) -> torch.Tensor:
         """What is held of rows of `seen` tokens, earliest first."""

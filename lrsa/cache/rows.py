@@ -55,6 +55,7 @@ class RowsLayer(CacheLayerMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         scale: float | None = None,
+        impl: str = "auto",
     ) -> torch.Tensor:
         """Attention of the new tokens over what is held and themselves; then store them and drop what the rule drops.
 
@@ -62,6 +63,7 @@ class RowsLayer(CacheLayerMixin):
             query: `[B, H, T, D]`; key, value: the new tokens, `[B, G, T, D]`.
             attention_mask: `[B, T]`, nonzero where a new token is real; `None` when all are.
             position_ids: as `lrsa_attention` takes them; used while the cache is empty.
+            impl: as `lrsa_attention` takes it; a single new token is always one small dense attention.
 
         Returns:
             `[B, H, T, D]`, 0 at padding.
@@ -75,22 +77,21 @@ class RowsLayer(CacheLayerMixin):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         new = [tokens] * len(query) if attention_mask is None else attention_mask.bool().sum(1).tolist()
         if not any(self.seen):
-            out = self._first(query, key, value, attention_mask, position_ids, new, scale)
+            out = self._first(query, key, value, attention_mask, position_ids, new, scale, impl)
         elif tokens == 1:
             out = self._decode(query, key, value, new, scale)
         else:
-            out = self._extend(query, key, value, attention_mask, new, scale)
+            out = self._extend(query, key, value, attention_mask, new, scale, impl)
         self.columns += tokens
         return out
 
-    def _first(self, query, key, value, attention_mask, position_ids, new: list[int], scale: float) -> torch.Tensor:
+    def _first(self, query, key, value, attention_mask, position_ids, new: list[int], scale, impl) -> torch.Tensor:
         """The first tokens of every row."""
         documents = find_documents(attention_mask, position_ids, (len(new), query.shape[2]))
         if sum(group.shape[0] for group in documents) > len(new):
             raise ValueError("an LRSACache row holds one document, got packed rows: give each a row of its own.")
-        out = self._attend_whole(
-            query, key, value, scale=scale, position_ids=position_ids, attention_mask=attention_mask
-        )
+        options = {"scale": scale, "position_ids": position_ids, "attention_mask": attention_mask}
+        out = self._attend_whole(query, key, value, impl, **options)
         if attention_mask is not None:
             key, value = (_left_aligned(x, attention_mask) for x in (key, value))
         self.keys, self.values = self._remains(key, value, new)
@@ -126,7 +127,7 @@ class RowsLayer(CacheLayerMixin):
         self._drop(before)
         return out
 
-    def _extend(self, query, key, value, attention_mask, new: list[int], scale: float) -> torch.Tensor:
+    def _extend(self, query, key, value, attention_mask, new: list[int], scale: float, impl: str) -> torch.Tensor:
         """Several tokens per row over a filled cache: rows of one length together, each group like a fresh row."""
         out = torch.zeros_like(query)
         parts: list[tuple[torch.Tensor, torch.Tensor]] = [None] * len(new)
@@ -142,7 +143,7 @@ class RowsLayer(CacheLayerMixin):
                 for buffer, x in zip((self.keys, self.values), fresh[1:], strict=True)
             )
             if count:
-                found = self._attend_behind(fresh[0], keys, values, seen, scale)
+                found = self._attend_behind(fresh[0], keys, values, seen, scale, impl)
                 if attention_mask is None:
                     out[at] = found
                 else:

@@ -28,10 +28,10 @@ class SlidingLayer(RowsLayer):
     def _place(self, seen: int) -> int:
         return seen % self.window
 
-    def _attend_whole(self, query, key, value, **options) -> torch.Tensor:
+    def _attend_whole(self, query, key, value, impl: str, **options) -> torch.Tensor:
         return sliding.sliding_attention(query, key, value, self.window, **options)
 
-    def _attend_behind(self, query, keys, values, seen: int, scale: float) -> torch.Tensor:
+    def _attend_behind(self, query, keys, values, seen: int, scale: float, impl: str) -> torch.Tensor:
         return sliding.attend(query, keys, values, self.window, scale)
 
     def _in_order(self, states: torch.Tensor, seen: int) -> torch.Tensor:

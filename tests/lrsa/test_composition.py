@@ -11,8 +11,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lrsa import LRSAConfig, apply_lrsa, lrsa_attention, remove_lrsa, select_tokens
-from lrsa.attention.cpu import kernel as native
-from lrsa.attention.tiled import sdpa as kernels
+from lrsa.attention.cpu import kernel
+from lrsa.attention.tiled import sdpa
 
 CONFIG = LRSAConfig(3, 8, 2)
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,14 +55,12 @@ def test_compiled_model(random_llama):
 def test_operators_are_registered_rightly():
     """PyTorch's own check of custom operators: schema, autograd, fake tensors and tracing."""
     states = [torch.randn(1, heads, 60, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
-    torch.library.opcheck(torch.ops.lrsa.rectangles.default, (*states, 3, 8, 2, 1.0, "lag_relative", 0.3, "flash"))
     index = select_tokens(*states[1:], CONFIG).index
+    torch.library.opcheck(torch.ops.lrsa.tiled.default, (*states, index, 3, 8, 0.3, "flash"))
     torch.library.opcheck(torch.ops.lrsa.native.default, (*states, index, 3, 8, 0.3))
 
 
-@pytest.mark.parametrize(
-    ("impl", "module", "function"), [("native", native, "_call"), ("rectangles", kernels, "forward")]
-)
+@pytest.mark.parametrize(("impl", "module", "function"), [("native", kernel, "_call"), ("tiled", sdpa, "forward")])
 def test_selective_checkpointing_keeps_the_output(impl, module, function, monkeypatch):
     """With the operator on the list of what to keep, the backward does not compute the attention again."""
     calls = []

@@ -117,7 +117,7 @@ def test_distillation_is_the_divergence_from_the_base_with_its_full_cache(tmp_pa
         dense = (model(**ids).logits[:, :-1][trained] / 1.5).log_softmax(-1)
     by_hand = 1.5**2 * (teacher.exp() * (teacher - student)).sum(-1).mean()
     objective = Objective(settings, LRSA, model, batch)
-    objective.teach(model, LRSA)
+    objective.teach(apply_lrsa(model, LRSA))
     with objective.watching():
         model(**objective.model_inputs("labels"))
     found = objective.total(torch.tensor(0.0))
@@ -130,8 +130,9 @@ def test_the_teacher_leaves_the_model_as_it_was(tmp_path, byte_tokenizer):
     model, batch = built.model, next(iter(built.get_train_dataloader()))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     weights = copy.deepcopy(model.state_dict())
+    apply_lrsa(model, LRSA.with_keep_ratio(0.5))
     objective = Objective(ALL, LRSA, model, batch)
-    objective.teach(model, LRSA.with_keep_ratio(0.5))
+    objective.teach(model)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
     assert model.config.lrsa.top_k == 4 and model.training and model.active_adapter == "default"
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())

@@ -101,6 +101,8 @@ def test_attached_gradient_is_that_of_the_sum(model):
     taken, recorded = {}, supervision._targets
 
     class Spy:
+        recording = False
+
         def attach(self, layer, query, key, value, out, *rest):
             taken[layer] = (key, value)
             return out

@@ -95,7 +95,7 @@ def test_the_banner_says_what_is_trained(finished):
     assert "4 per device x 1 accumulated x 1 process = 4 rows per step" in output
     assert "16 rows, " in output and "long enough to be compressed" in output
     assert "dense causal" in output, "the control has its own banner"
-    assert "computed by 'native'" in " ".join(output.replace("│", " ").split())
+    assert "computed by native (compiled for this CPU)" in " ".join(output.replace("│", " ").split())
 
 
 def test_the_logged_kept_fraction_is_that_of_the_rows_lengths(finished, byte_tokenizer):

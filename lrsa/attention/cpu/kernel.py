@@ -1,4 +1,4 @@
-"""Sparse attention on a CPU, compiled on first use: gathers the visible keys and computes no pair that is hidden.
+"""Sparse attention on a CPU, compiled on first use: gathers the visible keys and computes visible pairs only.
 
 The kernel is `kernel.cpp`. It computes bf16 and fp16 in fp32 inside, and fp64 in fp64; nothing of size `T x T` exists.
 
@@ -12,21 +12,26 @@ from pathlib import Path
 
 import torch
 
-from lrsa.attention import sliding
-from lrsa.attention.cpu import build as compiler
+from lrsa.attention.cpu import build
 from lrsa.config import LRSAConfig
-from lrsa.selection import select_tokens
+from lrsa.selection import Selection
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: LRSAConfig, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    selection: Selection,
+    config: LRSAConfig,
+    scale: float,
 ) -> torch.Tensor:
     """Attend over rows without padding; the queries are the last `T` of the `S` tokens of each row.
 
     Args:
         query: `[B, H, T, D]`; key, value: `[B, G, S, D]`, with `T <= S`; on a CPU.
+        selection: the kept tokens of the rows.
 
     Returns:
         `[B, H, T, D]` in the query's dtype. Memory grows linearly in `S`; with fewer KV heads than threads, the
@@ -47,13 +52,9 @@ def attend(
         raise ValueError(
             f"impl='native' takes fp16, bf16, fp32 or fp64, got {query.dtype}: convert query, key and value."
         )
-    length = key.shape[2]
-    if length <= config.dense_length or config.top_k == config.lag_size:
-        return sliding.attend(query, key, value, length, scale)  # a window over everything
     if query.dtype == torch.float16:
-        return attend(*(x.float() for x in (query, key, value)), config, scale).to(query.dtype)
-    index = select_tokens(key, value, config).index
-    return _attend(query, key, value, index, config.sink_size, config.lag_size, scale)[0]
+        return attend(*(x.float() for x in (query, key, value)), selection, config, scale).to(query.dtype)
+    return _attend(query, key, value, selection.index, config.sink_size, config.lag_size, scale)[0]
 
 
 # Operators of their own, so that selective checkpointing can keep the output and compilers see one opaque call.
@@ -170,7 +171,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         CompilerError: when it cannot be compiled.
     """
-    compiled = compiler.load(SOURCE, f"REAL={'double' if dtype == torch.float64 else 'float'}")
+    compiled = build.load(SOURCE, f"REAL={'double' if dtype == torch.float64 else 'float'}")
     compiled.lrsa_scratch.restype = ctypes.c_int64
     return compiled
 

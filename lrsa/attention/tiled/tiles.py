@@ -1,12 +1,13 @@
-"""The visible pairs of a row as rectangles and pieces along the diagonal, every pair in exactly one of them.
+"""The visible pairs of a row as tiles, every pair in exactly one of them: dense rectangles, and causal tiles along the
+diagonal.
 
                  sink, kept 0 .. p-2     window p-1     window p
     window p          all                    all          causal
 
-The first column has stairs: each window sees the kept tokens of one window more than the window before it. What several
-windows in a row all see is one rectangle, and the stairs above it are filled with rectangles of 1, 2, 4, ... windows.
-The other two columns are taken a few queries at a time: with a mask for the corner that is not seen, or as a causal
-square and a rectangle where kernels want no mask.
+In the first column each window sees the kept tokens of one window more than the window before it. What several windows
+in a row all see is one rectangle; the triangle above it is filled with rectangles of 1, 2, 4, ... windows. The other
+two columns are taken a block of queries at a time: with a mask for the corner that is not seen, or as a causal square
+and a rectangle where kernels want no mask.
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lrsa.config import LRSAConfig
 
-
-class Piece(NamedTuple):
+class Tile(NamedTuple):
     """Equal blocks of attention: block `i` is `rows` queries from `query + i * step` on, and `columns` keys from
     `key + i * key_step` on."""
 
@@ -32,71 +31,70 @@ class Piece(NamedTuple):
     key_step: int = 0
 
 
-def pieces(
-    length: int, config: LRSAConfig, sink_queries: bool, leaf: int, together: int, masked: bool
-) -> Iterator[Piece]:
-    """All pieces of a row of `length` tokens; each query's causal piece comes before its others.
+def tiles(
+    length: int, sink: int, lag: int, top_k: int, sink_queries: bool, block: int, together: int, masked: bool
+) -> Iterator[Tile]:
+    """All tiles of a row of `length` tokens; each query's causal tile comes before its others.
 
     Args:
-        sink_queries: whether the queries of the sink are asked for.
-        leaf: queries of a window that are computed at once.
-        together: tokens of windows whose pieces are computed at once.
-        masked: whether a causal piece may have earlier keys besides those of its queries.
+        sink, lag, top_k: tokens of the sink, of a window, and kept of a window.
+        sink_queries: whether the queries of the sink are computed.
+        block: queries of a window in a tile.
+        together: tokens of the windows that are computed in one call.
+        masked: whether a causal tile may have earlier keys besides those of its queries.
     """
-    sink, lag = config.sink_size, config.lag_size
     if sink_queries and sink:
-        yield Piece(0, sink, 0, sink, causal=True)
+        yield Tile(0, sink, 0, sink, causal=True)
     several = max(together // lag, 1) * lag
     for start in range(sink, length, several):
         stop = min(start + several, length)
-        yield from _near(start, stop, leaf, masked, start == sink, lag)
-        yield from _far(start, stop, config)
+        yield from _near(start, stop, block, masked, start == sink, lag)
+        yield from _far(start, stop, sink, lag, top_k)
 
 
-def _near(start: int, stop: int, leaf: int, masked: bool, is_first: bool, lag: int) -> Iterator[Piece]:
+def _near(start: int, stop: int, block: int, masked: bool, is_first: bool, lag: int) -> Iterator[Tile]:
     """Own and previous window of the windows from `start` to `stop`; the last one may be incomplete."""
     if is_first:  # window 0 has none before it
-        yield from _leaves(start, min(lag, stop - start), leaf, 0, 1, lag, masked)
+        yield from _blocks(start, min(lag, stop - start), block, 0, 1, lag, masked)
         start += lag
     count, rest = divmod(max(stop - start, 0), lag)
     if count:
-        yield from _leaves(start, lag, leaf, lag, count, lag, masked)
+        yield from _blocks(start, lag, block, lag, count, lag, masked)
     if rest:
-        yield from _leaves(stop - rest, rest, leaf, lag, 1, lag, masked)
+        yield from _blocks(stop - rest, rest, block, lag, 1, lag, masked)
 
 
-def _leaves(start: int, rows: int, leaf: int, before: int, blocks: int, lag: int, masked: bool) -> Iterator[Piece]:
-    """`rows` queries of each of some windows, `leaf` at a time, over the `before` tokens before the window and on to
+def _blocks(start: int, rows: int, block: int, before: int, blocks: int, lag: int, masked: bool) -> Iterator[Tile]:
+    """`rows` queries of each of some windows, `block` at a time, over the `before` tokens before the window and on to
     themselves."""
-    for done in range(0, rows, leaf):
-        size = min(leaf, rows - done)
+    for done in range(0, rows, block):
+        size = min(block, rows - done)
         row, columns = start + done, before + done
         if masked:
-            yield Piece(row, size, start - before, columns + size, False, True, blocks, lag, lag)
+            yield Tile(row, size, start - before, columns + size, False, True, blocks, lag, lag)
         else:
-            yield Piece(row, size, row, size, False, True, blocks, lag, lag)
+            yield Tile(row, size, row, size, False, True, blocks, lag, lag)
             if columns:
-                yield Piece(row, size, start - before, columns, False, False, blocks, lag, lag)
+                yield Tile(row, size, start - before, columns, False, False, blocks, lag, lag)
 
 
-def _far(start: int, stop: int, config: LRSAConfig) -> Iterator[Piece]:
-    """Sink and kept tokens: what all windows from `start` to `stop` see, then the stairs that are left above it.
+def _far(start: int, stop: int, sink: int, lag: int, top_k: int) -> Iterator[Tile]:
+    """Sink and kept tokens: what all windows from `start` to `stop` see, then the triangle that is left above it.
 
     Window `w` sees the kept tokens of the windows before `w - 1`, so each window of the group sees those of one window
-    more than the one before it. Steps of 1, 2, 4, ... windows fill these stairs with rectangles.
+    more than the one before it. Rectangles of 1, 2, 4, ... windows fill that triangle.
     """
-    sink, lag, top_k = config.sink_size, config.lag_size, config.top_k
     common = max((start - sink) // lag - 1, 0)  # windows that all of them see
     if sink + common * top_k:
-        yield Piece(start, stop - start, 0, sink + common * top_k, compact=True)
+        yield Tile(start, stop - start, 0, sink + common * top_k, compact=True)
     low, column = sink + (common + 1) * lag, sink + common * top_k
     size = 1
     while low + size * lag < stop:
         blocks = (stop - low) // (2 * size * lag)
         if blocks:
             steps = (2 * size * lag, 2 * size * top_k)
-            yield Piece(low + size * lag, size * lag, column, size * top_k, True, False, blocks, *steps)
+            yield Tile(low + size * lag, size * lag, column, size * top_k, True, False, blocks, *steps)
         row = low + (2 * blocks + 1) * size * lag
         if row < stop:
-            yield Piece(row, stop - row, column + 2 * blocks * size * top_k, size * top_k, compact=True)
+            yield Tile(row, stop - row, column + 2 * blocks * size * top_k, size * top_k, compact=True)
         size *= 2

@@ -4,7 +4,7 @@ import torch
 
 from lrsa import LRSAConfig, lrsa_attention
 
-FAST = ["native", "rectangles"]  # "cudnn" and "flex" need a GPU for their gradients: test_gpu.py
+FAST = ["native", "tiled"]  # "cudnn" and "flex" need a GPU for their gradients: test_gpu.py
 EVERY = ["reference", *FAST]
 CONFIGS = [LRSAConfig(*numbers) for numbers in ((4, 16, 2), (0, 8, 3), (3, 5, 5), (1, 7, 1), (16, 32, 8), (2, 1, 1))]
 

@@ -1,4 +1,4 @@
-"""The compiled attention: tasks, panels and threads of any size, what is no number, machines without a compiler."""
+"""The compiled attention: tasks, panels and threads of any size, what is no number, machines without a build."""
 
 import logging
 from pathlib import Path
@@ -8,8 +8,7 @@ import torch
 
 from lrsa import LRSAConfig, lrsa_attention, select_tokens
 from lrsa.attention import api
-from lrsa.attention.cpu import build as compiler
-from lrsa.attention.cpu import kernel as native
+from lrsa.attention.cpu import build, kernel
 from tests.lrsa.attention.cases import assert_equal, inputs, run
 
 CONFIG = LRSAConfig(4, 16, 4)
@@ -20,7 +19,7 @@ def no_memory():
     """Neither what was compiled nor what was chosen is remembered, before the test and after it."""
 
     def forget():
-        compiler.load.cache_clear()
+        build.load.cache_clear()
         api.choose.cache_clear()
 
     forget()
@@ -55,7 +54,7 @@ def test_fewer_queries_than_keys(new):
     states, grad = inputs(2, 4, 2, 100)
     query, key, value = states
     for config in (CONFIG, LRSAConfig(0, 7, 3)):
-        found = native.attend(query[:, :, -new:], key, value, config, 0.3)
+        found = api.attend_rows(query[:, :, -new:], key, value, config, 0.3, "native")
         expected = lrsa_attention(*states, config, scale=0.3, impl="reference")[:, :, -new:]
         outs = [[out, *torch.autograd.grad(out, states, grad[:, :, -new:])] for out in (found, expected)]
         assert_equal(*outs)
@@ -86,7 +85,7 @@ def test_padded_panels_weigh_nothing():
 
 def test_no_thread_is_left_without_work():
     for heads, threads in ((1, 2), (2, 2), (3, 2), (2, 7), (8, 64), (64, 8), (0, 4)):
-        parts = native._parts(heads, threads)
+        parts = kernel._parts(heads, threads)
         assert heads == 0 or heads * parts >= threads
         assert heads * parts < 2 * max(heads, threads) or parts == 2  # memory: gradients of keys for every part
 
@@ -116,11 +115,11 @@ def test_bf16_is_fp32_rounded_once():
     index = select_tokens(*states[1:], CONFIG).index
     numbers = (CONFIG.sink_size, CONFIG.lag_size, 0.3)
     exact = [x.float() for x in states]
-    out, lse = native._attend(*states, index, *numbers)
-    exact_out, exact_lse = native._attend(*exact, index, *numbers)
+    out, lse = kernel._attend(*states, index, *numbers)
+    exact_out, exact_lse = kernel._attend(*exact, index, *numbers)
     assert torch.equal(out, exact_out.bfloat16()) and torch.equal(lse, exact_lse)
-    grads = native._attend_backward(grad, *states, out, lse, index, *numbers)
-    exact_grads = native._attend_backward(grad.float(), *exact, out.float(), lse, index, *numbers)
+    grads = kernel._attend_backward(grad, *states, out, lse, index, *numbers)
+    exact_grads = kernel._attend_backward(grad.float(), *exact, out.float(), lse, index, *numbers)
     assert all(torch.equal(x, y.bfloat16()) for x, y in zip(grads, exact_grads, strict=True))
 
 
@@ -146,7 +145,7 @@ def test_without_a_compiler(no_memory, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     states, grad = inputs(1, 4, 2, 100)
     expected = run(states, grad, CONFIG, impl="reference")
-    with pytest.raises(compiler.CompilerError, match=r"CXX is 'no-such-compiler', which is no command: unset it"):
+    with pytest.raises(build.CompilerError, match=r"CXX is 'no-such-compiler', which is no command: unset it"):
         lrsa_attention(*states, CONFIG, impl="native")
     with caplog.at_level(logging.WARNING, logger="lrsa"):
         for _ in range(2):
@@ -157,17 +156,17 @@ def test_without_a_compiler(no_memory, monkeypatch, caplog):
 def test_no_compiler_at_all(no_memory, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(compiler.CompilerError, match=r"no C\+\+ compiler was found: install g\+\+"):
-        native.library(torch.float32)
+    with pytest.raises(build.CompilerError, match=r"no C\+\+ compiler was found: install g\+\+"):
+        kernel.library(torch.float32)
 
 
 def test_a_library_that_was_cut_off_is_made_anew(no_memory, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library(torch.float64)
+    kernel.library(torch.float64)
     (library,) = (tmp_path / "lrsa").iterdir()
     library.unlink()  # what is loaded stays loaded, whatever lies there next
     library.write_bytes(b"")
-    compiler.load.cache_clear()
+    build.load.cache_clear()
     states, grad = inputs(1, 4, 2, 100)
     assert_equal(run(states, grad, CONFIG, impl="native"), run(states, grad, CONFIG, impl="reference"))
     assert [file.stat().st_size > 1000 for file in (tmp_path / "lrsa").iterdir()] == [True]
@@ -181,8 +180,8 @@ def test_what_changed_is_compiled_anew(no_memory, monkeypatch, tmp_path):
     for text, part, macro in (("0", 1, 1), ("10", 1, 1), ("10", 2, 1), ("10", 2, 5), ("0", 1, 1)):
         source.write_text(f'#include "part.h"\nextern "C" int sum() {{ return {text} + PART + MACRO; }}')
         header.write_text(f"#define PART {part}")
-        compiler.load.cache_clear()
-        answers.append(compiler.load(source, f"MACRO={macro}").sum())
+        build.load.cache_clear()
+        answers.append(build.load(source, f"MACRO={macro}").sum())
     assert answers == [2, 12, 13, 17, 2]
     assert len(list((tmp_path / "cache/lrsa").iterdir())) == 4
 
@@ -190,8 +189,8 @@ def test_what_changed_is_compiled_anew(no_memory, monkeypatch, tmp_path):
 def test_a_compiler_that_makes_nothing(no_memory, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "true")
-    with pytest.raises(compiler.CompilerError, match=r"what true made cannot be loaded: .*check CXX"):
-        native.library(torch.float32)
+    with pytest.raises(build.CompilerError, match=r"what true made cannot be loaded: .*check CXX"):
+        kernel.library(torch.float32)
     assert not list((tmp_path / "lrsa").iterdir())
 
 
@@ -200,8 +199,8 @@ def test_a_compiler_that_fails_is_quoted(no_memory, monkeypatch, tmp_path):
     script.write_text('#!/bin/sh\ncase "$*" in *-dM*) exit 0;; esac\necho "the disk is on fire" >&2\nexit 3\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    with pytest.raises(compiler.CompilerError, match=r"(?s)-O3.* failed:.the disk is on fire"):
-        native.library(torch.float32)
+    with pytest.raises(build.CompilerError, match=r"(?s)-O3.* failed:.the disk is on fire"):
+        kernel.library(torch.float32)
 
 
 @pytest.mark.parametrize("writable", [True, False])
@@ -218,10 +217,10 @@ def test_where_the_library_lies(no_memory, monkeypatch, tmp_path, writable):
     if writable:
         (library,) = (home / "lrsa").iterdir()
         made = library.stat().st_mtime_ns
-        compiler.load.cache_clear()
-        native.library(torch.float64)
+        build.load.cache_clear()
+        kernel.library(torch.float64)
         assert library.stat().st_mtime_ns == made
-        native.library(torch.float32)
+        kernel.library(torch.float32)
         assert len(list((home / "lrsa").iterdir())) == 2
 
 
@@ -229,9 +228,9 @@ def test_dtypes_that_differ():
     states = [torch.randn(1, heads, 100, 8) for heads in (4, 2, 2)]
     states[1] = states[1].bfloat16()
     with pytest.raises(ValueError, match=r"must have one dtype, got torch.float32, torch.bfloat16 and torch.float32"):
-        native.attend(*states, CONFIG, 0.3)
+        kernel.attend(*states, None, CONFIG, 0.3)
     with pytest.raises(ValueError, match=r"fp16, bf16, fp32 or fp64, got torch.int64"):
-        native.attend(*(x.long() for x in (states[0], states[0], states[0])), CONFIG, 0.3)
+        kernel.attend(*(x.long() for x in (states[0], states[0], states[0])), None, CONFIG, 0.3)
 
 
 def test_empty_batch():
@@ -243,7 +242,7 @@ def test_empty_batch():
 
 def test_the_wheel_ships_the_sources():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
-    package = Path(native.__file__).parents[2]
+    package = Path(kernel.__file__).parents[2]
     settings = tomllib.loads((package.parent / "pyproject.toml").read_text())
     shipped = settings["tool"]["setuptools"]["package-data"]["lrsa"]
     others = [f for f in package.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")]
@@ -254,4 +253,4 @@ def test_the_wheel_ships_the_sources():
 def test_only_on_a_cpu():
     states = [torch.empty(1, heads, 100, 8, device="meta") for heads in (4, 2, 2)]
     with pytest.raises(ValueError, match="runs on a CPU, got tensors on meta"):
-        native.attend(*states, CONFIG, 0.3)
+        kernel.attend(*states, None, CONFIG, 0.3)

@@ -10,7 +10,7 @@ from benchmarks.memory import peak_bytes
 from lrsa import LRSAConfig, lrsa_attention
 from lrsa.attention import api
 from lrsa.attention.documents import find_documents
-from lrsa.attention.tiled import attention as rectangles
+from lrsa.attention.tiled import attention as tiled
 from tests.lrsa.attention.cases import CONFIGS, EVERY, FAST, assert_equal, inputs, run
 
 
@@ -139,15 +139,15 @@ def earliest_change(config, impl, token, tokens=120):
 def test_causal(impl, monkeypatch):
     config = LRSAConfig(4, 8, 2)
     assert all(earliest_change(config, impl, token) == token for token in range(120))
-    if impl == "rectangles":  # let a window see what was selected with its own tokens as reference
-        true_pieces = rectangles.pieces
+    if impl == "tiled":  # let a window see what was selected with its own tokens as reference
+        true_tiles = tiled.tiles
 
         def leaky(*args):
-            for piece in true_pieces(*args):
-                leaks = piece.compact and piece.rows == config.lag_size and piece.blocks > 1
-                yield piece._replace(columns=piece.columns + leaks * config.top_k)
+            for tile in true_tiles(*args):
+                leaks = tile.compact and tile.rows == config.lag_size and tile.blocks > 1
+                yield tile._replace(columns=tile.columns + leaks * config.top_k)
 
-        monkeypatch.setattr(rectangles, "pieces", leaky)
+        monkeypatch.setattr(tiled, "tiles", leaky)
         assert any(earliest_change(config, impl, token) < token for token in range(119))
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: vendors' kernels, FlexAttention's gradients and the compiled Triton kernels.
+"""What only a GPU can show: flash and cuDNN, FlexAttention's gradients and the compiled Triton kernels.
 
     python -m pytest tests/lrsa/attention/test_gpu.py      # needs torch, triton, transformers and pytest only
 
@@ -15,7 +15,7 @@ from tests.lrsa.attention.cases import inputs, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-GPU = ["rectangles", "cudnn", "flex"]
+GPU = ["tiled", "cudnn", "flex"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def assert_within_budget(impl, states, grad, config, **options):
         assert (fast.double() - true).norm() <= 2 * (slow.double() - true).norm(), name
 
 
-@pytest.mark.parametrize("impl", ["rectangles", "cudnn"])
+@pytest.mark.parametrize("impl", ["tiled", "cudnn"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "channels"), [(4, 4, 64), (8, 2, 128), (7, 1, 128)])
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def assert_within_budget(impl, states, grad, config, **options):
         (LRSAConfig(16, 128, 32), 1500),
         (LRSAConfig(4, 64, 8), 1111),
         (LRSAConfig(0, 100, 30), 1024),
-        (LRSAConfig(1, 128, 1), 1026),  # pieces of one query and of one key
+        (LRSAConfig(1, 128, 1), 1026),  # tiles of one query and of one key
     ],
     ids=str,
 )
@@ -91,7 +91,7 @@ def test_padding_and_packing(impl):
 def test_full_precision_in_the_open(dtype):
     states, grad = on_gpu(*inputs(1, 4, 2, 500, 32, dtype))
     config = LRSAConfig(4, 64, 16)
-    found, expected = (run(states, grad, config, impl=impl) for impl in ("rectangles", "reference"))
+    found, expected = (run(states, grad, config, impl=impl) for impl in ("tiled", "reference"))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3 if dtype == torch.float32 else 1e-10, rtol=0)
 
@@ -99,7 +99,7 @@ def test_full_precision_in_the_open(dtype):
 def test_auto_is_a_fast_one():
     states, _ = on_gpu(*inputs(1, 8, 2, 1500, 64, torch.bfloat16))
     config = LRSAConfig(16, 128, 32)
-    assert torch.equal(lrsa_attention(*states, config), lrsa_attention(*states, config, impl="rectangles"))
+    assert torch.equal(lrsa_attention(*states, config), lrsa_attention(*states, config, impl="tiled"))
 
 
 @pytest.mark.parametrize(("lag", "channels"), [(128, 64), (512, 128), (33, 80), (1024, 256)])
