@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help quickstart test test-slow lint bench clean
+.PHONY: help quickstart test test-slow models lint bench clean
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ test: $(INSTALLED)  ## All tests but the slow ones
 
 test-slow: $(INSTALLED)  ## The slow tests
 	$(RUN) -m pytest -m slow
+
+models: $(INSTALLED)  ## Judge every causal LM family of the installed transformers; writes docs/models.md
+	$(RUN) -m tests.lrsa.models.sweep
 
 lint: $(INSTALLED)  ## Style and unused code
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,231 @@
+"""Judge every causal LM family of the installed transformers: `python -m tests.lrsa.models.sweep`.
+
+A tiny random model of each is right (all of `checks` hold), refused (by `apply_lrsa`, in an error that names the
+model), or fails, which makes the command exit 1. The table goes into docs/models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lrsa import apply_lrsa
+from tests.lrsa.models import checks
+from tests.lrsa.models.build import SLIDES, WINDOW, build, fields_of
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
+MARKERS = ("<!-- made by `make models` -->\n", "\n<!-- end -->")
+SECONDS = 240  # for one family
+
+# Configurations of a family that its default does not show.
+SHARING = {"num_kv_shared_layers": 2, "layer_types": SLIDES, "sliding_window": WINDOW}
+SLIDING = {"layer_types": SLIDES, "sliding_window": WINDOW}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+SPECIAL = [
+    ("falcon", "ALiBi", {"alibi": True}),
+    ("falcon", "grouped heads", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", "one KV head", {"multi_query": True}),
+    ("gemma3n_text", "no shared layers", SHARING | {"num_kv_shared_layers": 0}),
+    ("gemma4_text", "shared layers", SHARING),
+    (
+        "gemma4_text",
+        "experts, keys as values",
+        SLIDING
+        | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 16}
+        | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    ),
+    ("gemma3_text", "bidirectional", SLIDING | {"use_bidirectional_attention": True}),
+    ("gemma3_text", "soft cap", SLIDING | {"attn_logit_softcapping": 20.0}),
+    ("gemma2", "no soft cap", SLIDING | {"attn_logit_softcapping": None}),
+    ("vaultgemma", "no soft cap", SLIDING | {"attn_logit_softcapping": None}),
+    ("gpt2", "scores scaled by layer", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", "scores not scaled", {"scale_attn_weights": False}),
+    ("gpt_bigcode", "a KV head per head", {"multi_query": False}),
+    ("gpt_neo", "local layers", {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW}),
+    ("llama4_text", "all layers full", {"layer_types": ["full_attention"] * 4}),
+    ("smollm3", "layers without RoPE", {"no_rope_layer_interval": 2}),
+    ("laguna", "heads by layer", SLIDING | {"num_attention_heads_per_layer": [4, 8, 4, 8]}),
+    ("llama", "is_causal=False", {"is_causal": False}),
+    ("jamba", "all attention", {"attn_layer_period": 1, "attn_layer_offset": 0}),
+    ("granitemoehybrid", "all attention", {"layer_types": ["full_attention"] * 4}),
+    ("lfm2", "all attention", {"layer_types": ["full_attention"] * 4}),
+    ("bert", "no decoder", {"is_decoder": False}),
+    ("modernbert-decoder", "sliding", {"local_attention": WINDOW}),
+    ("moshi", "sliding", {"sliding_window": WINDOW}),
+    ("glm4_moe_lite", "keys as wide as values", {"qk_nope_head_dim": 4}),
+    ("deepseek_v3", "keys as wide as values", {"qk_nope_head_dim": 4}),
+    ("phi3", "longrope", {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 32}}),
+    ("llama", "dynamic NTK", {"rope_parameters": DYNAMIC, "max_position_embeddings": 32}),
+]
+
+
+@dataclass
+class Verdict:
+    """What became of a family.
+
+    Attributes:
+        verdict: "works", "refused" or "fails"; why: a remark, the refusal, or what is wrong.
+    """
+
+    family: str
+    variant: str
+    model: str
+    verdict: str
+    why: str
+    seconds: float = 0.0
+
+
+def cases() -> list[tuple[str, str, dict]]:
+    """Family, what is special about the configuration, and its options."""
+    found = [(family, "", {}) for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    own = {family for family, *_ in SPECIAL}
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        fields = fields_of(CONFIG_MAPPING[family])
+        if {"sliding_window", "layer_types"} <= fields and family not in own | {"lfm3", "zaya", "deepseek_v4"}:
+            options = SLIDING | ({"use_sliding_window": True} if "use_sliding_window" in fields else {})
+            found.append((family, "sliding", options))
+    return sorted(found + SPECIAL, key=lambda case: case[0])
+
+
+def judge(family: str, variant: str, options: dict, which=tuple(checks.CHECKS)) -> Verdict:
+    """Build a tiny model of a family and check it."""
+    start, name = time.monotonic(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+
+    def verdict(kind: str, why: str) -> Verdict:
+        return Verdict(family, variant, name, kind, why, round(time.monotonic() - start, 1))
+
+    try:
+        model = build(family, **options)
+    except Exception as error:
+        try:
+            refusal = refused_unbuilt(family)
+        except Exception as error:  # AutoModelForCausalLM lists it, and cannot make one either
+            return verdict("refused", f"by transformers: {_short(error)}")
+        return verdict("refused", refusal) if refusal else verdict("fails", f"no tiny model: {_short(error)}")
+    name = type(model).__name__
+    try:
+        subject = checks.Subject(model)
+    except Exception as error:
+        subject, broken = None, error
+    try:
+        apply_lrsa(model, checks.CONFIG)
+    except ValueError as error:
+        named = name in str(error)
+        return verdict("refused", str(error)) if named else verdict("fails", f"a refusal without its name: {error}")
+    except Exception as error:
+        return verdict("fails", f"apply_lrsa: {_short(error)}")
+    if subject is None:
+        return verdict("fails", f"accepted, but the oracle fails: {_short(broken)}")
+    subject.model = build(family, **options)
+    notes = []
+    for check in which:
+        try:
+            notes.append(check(subject))
+        except Exception as error:
+            return verdict("fails", f"{check.__name__}: {_short(error)}")
+    return verdict("works", checks.remarks(notes))
+
+
+def refused_unbuilt(family: str) -> str:
+    """What `apply_lrsa` says to a model of a family that cannot be made tiny, without memory for its weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family]())
+    try:
+        apply_lrsa(model, checks.CONFIG)
+    except ValueError as error:
+        return str(error) if type(model).__name__ in str(error) else ""
+    return ""
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return (text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}")[:300]
+
+
+@contextlib.contextmanager
+def limit(seconds: int):
+    def stop(*_):
+        raise TimeoutError(f"took more than {seconds} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="only these; nothing is written then")
+    parser.add_argument("--json", type=Path, help="append every verdict to this file, and skip those that it holds")
+    parser.add_argument("--share", default="0/1", help="of all cases every n-th, from the i-th on, as i/n")
+    options = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    first, step = map(int, options.share.split("/"))
+    verdicts = []
+    if options.json and options.json.exists():
+        verdicts = [Verdict(**json.loads(line)) for line in options.json.read_text().splitlines()]
+    done = {(verdict.family, verdict.variant) for verdict in verdicts}
+    for family, variant, choice in cases()[first::step]:
+        if (family, variant) in done or (options.families and family not in options.families):
+            continue
+        try:
+            with limit(SECONDS):
+                verdict = judge(family, variant, choice)
+        except TimeoutError as error:
+            verdict = Verdict(family, variant, "", "fails", str(error))
+        verdicts.append(verdict)
+        print(
+            f"{verdict.family:26} {verdict.variant:24} {verdict.verdict:8} {verdict.seconds:5} {verdict.why}"[:260],
+            flush=True,
+        )
+        if options.json:
+            with options.json.open("a") as file:
+                file.write(json.dumps(asdict(verdict)) + "\n")
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    print(", ".join(f"{counts[kind]} {kind}" for kind in ("works", "refused", "fails")))
+    if not options.families and step == 1:
+        write(verdicts)
+    return int(counts["fails"] > 0)
+
+
+def write(verdicts: list[Verdict]) -> None:
+    """Put the table into docs/models.md, between its markers."""
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    lines = [
+        f"With transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}: "
+        + ", ".join(f"{counts[kind]} {kind}" for kind in ("works", "refused", "fails"))
+        + f", of {len({v.family for v in verdicts})} families.",
+        "",
+        "| family | variant | class | | |",
+        "|---|---|---|---|---|",
+    ]
+    for verdict in verdicts:
+        why = verdict.why.replace("|", "\\|")
+        lines.append(f"| {verdict.family} | {verdict.variant} | {verdict.model} | {verdict.verdict} | {why} |")
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(MARKERS[0])
+    after = rest.split(MARKERS[1])[1]
+    DOCUMENT.write_text(before + MARKERS[0] + "\n".join(lines) + MARKERS[1] + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
