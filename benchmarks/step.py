@@ -56,7 +56,7 @@ class LoRA(nn.Module):
 
 
 def random_model(options, positions: int) -> LlamaForCausalLM:
-    """A model of the asked shape (`options.shape, layers, device, dtype`) with random weights, attention "sdpa"."""
+    """A model of the given shape (`options.shape, layers, device, dtype`) with random weights, attention "sdpa"."""
     layers, hidden, mlp, heads, kv_heads, channels, vocabulary = SHAPES[options.shape]
     config = LlamaConfig(
         num_hidden_layers=options.layers or layers,
@@ -105,8 +105,8 @@ def loss_of(model, ids: torch.Tensor, rows: int = 2048, **options) -> torch.Tens
 
 def taught_loss(model, ids: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
     """The loss with selection supervision: a teacher's forward over the full cache comes first."""
-    asked = torch.ones_like(ids, dtype=torch.bool)
-    supervision = SelectionSupervision(config, asked, layers=range(model.config.num_hidden_layers))
+    predicting = torch.ones_like(ids, dtype=torch.bool)
+    supervision = SelectionSupervision(config, predicting, layers=range(model.config.num_hidden_layers))
     apply_lrsa(model, config.replace(top_k=config.lag_size))
     with torch.no_grad(), supervision.record():
         model.model(ids, use_cache=False, lrsa_supervision=supervision)

@@ -120,10 +120,10 @@ def remove_lrsa(model: PreTrainedModel) -> PreTrainedModel:
 
 def config_of(model) -> LRSAConfig:
     """The settings of a model or one of its modules: `model.config.lrsa`, or the defaults when it was not set."""
-    found = getattr(model.config, NAME, None)
-    if isinstance(found, LRSAConfig):
-        return found
-    return LRSAConfig() if found is None else LRSAConfig.from_dict(found)
+    config = getattr(model.config, NAME, None)
+    if isinstance(config, LRSAConfig):
+        return config
+    return LRSAConfig() if config is None else LRSAConfig.from_dict(config)
 
 
 def _transformers_model(model) -> PreTrainedModel:
@@ -132,9 +132,9 @@ def _transformers_model(model) -> PreTrainedModel:
 
 def _configs(model: PreTrainedModel) -> list:
     """Every configuration object in the model; a model for text and images has several."""
-    found = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
     text = model.config.get_text_config()
-    return list((found | {id(text): text}).values())
+    return list((configs | {id(text): text}).values())
 
 
 @torch.compiler.disable  # the rule looks at padding and positions, which a compiler would have to guess
@@ -199,7 +199,7 @@ def lrsa_mask(
 
 
 def _window(module, options: dict) -> int | None:
-    """The sliding window of a layer in tokens; some models give it to their mask only, so their config is asked."""
+    """The sliding window of a layer in tokens; some models give it to their mask only, so their config is read."""
     window = options["sliding_window"] if "sliding_window" in options else _sliding(module.config, module.layer_idx)
     return _if_within(window, module.config)
 

@@ -35,7 +35,7 @@ class Objective:
         lrsa: the compression that is trained for.
         model: the PEFT model, its attention set with `apply_lrsa`.
         inputs: the batch as the trainer hands it to the model, with `labels`, or `shift_labels` where a process has a
-            slice of every row; `asked` then says for whole rows, bool, which tokens come before a trained one.
+            slice of every row; `predicting` then says for whole rows, bool, which tokens come before a trained one.
         share: of this micro-batch in its step, by which the supervision is weighted.
         tokens: what sums over the batch's trained tokens are divided by; `None` means their number.
     """
@@ -43,7 +43,7 @@ class Objective:
     def __init__(self, settings, lrsa: LRSAConfig, model, inputs: dict, share: float = 1.0, tokens=None):
         self.settings, self.model, self.inputs = settings, model, inputs
         self.share, self.tokens = share, tokens
-        asked = self.inputs.pop("asked", None)
+        predicting = self.inputs.pop("predicting", None)
         following = (
             inputs["shift_labels"] if "shift_labels" in inputs else F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
         )
@@ -54,7 +54,7 @@ class Objective:
             taught = self.layers if chosen is None else [layer for layer in self.layers if layer in chosen]
             self.supervision = SelectionSupervision(
                 lrsa,
-                self.trained if asked is None else asked,  # the token before a trained one predicts it
+                self.trained if predicting is None else predicting,  # the token before a trained one predicts it
                 taught if settings.selection else [],
                 weight=(settings.selection or 0.0) * share,
                 temperature=settings.selection_temperature,

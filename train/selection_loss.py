@@ -1,4 +1,4 @@
-"""Teaches the selection which tokens will be asked for: a loss on the scores, computed inside the attention function.
+"""Teaches the selection which tokens later queries will attend to: a loss on the scores, inside the attention function.
 
 The scores have no parameters, but they are made of keys and values, which LoRA does change. The target is where a
 teacher with the full cache looks: the attention that later queries send to every token of a window. The loss is the
@@ -32,11 +32,11 @@ class SelectionSupervision:
 
     Args:
         config: the settings whose selection is taught; `top_k` does not matter.
-        asked: bool `[B, T]`, the tokens whose queries count; those whose next token is trained, say.
+        predicting: bool `[B, T]`, the tokens whose queries count, such as those that predict a trained token.
         layers: indices of the layers that are taught.
         weight: of the loss, a mean over layers, documents and KV heads, against the loss it is trained with.
         temperature: factor of the scores' deviations before their softmax. LagKV's own softmax is almost flat.
-        queries: at most so many of a document's asked tokens are used, spread evenly; they bound time and memory.
+        queries: maximum number of a document's predicting tokens, spread evenly; they bound time and memory.
 
     Attributes:
         losses: layer -> loss of this batch without the weight, in nats per token of attention.
@@ -48,14 +48,14 @@ class SelectionSupervision:
     def __init__(
         self,
         config: LRSAConfig,
-        asked: torch.Tensor,
+        predicting: torch.Tensor,
         layers: Sequence[int],
         weight: float = 1.0,
         temperature: float = 20.0,
         queries: int = 256,
     ):
         self.config = config
-        self.asked = asked
+        self.predicting = predicting
         self.layers = layers
         self.weight = weight
         self.temperature = temperature
@@ -110,8 +110,8 @@ class SelectionSupervision:
         if layer not in self.layers or not groups:
             return out
         if self.recording:
-            asked = _places(self.asked, groups, self.queries)
-            parts = zip(asked, *(_laid_out(x, groups) for x in (query, key)), strict=True)
+            predicting = _places(self.predicting, groups, self.queries)
+            parts = zip(predicting, *(_laid_out(x, groups) for x in (query, key)), strict=True)
             self._targets[layer] = [future_attention(q, k, at, self.config, scale) for at, q, k in parts]
             return out
         if not torch.is_grad_enabled():
@@ -138,7 +138,7 @@ class _Attach(torch.autograd.Function):
 
 @torch.no_grad()
 def future_attention(
-    query: torch.Tensor, key: torch.Tensor, asked: torch.Tensor, config: LRSAConfig, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, predicting: torch.Tensor, config: LRSAConfig, scale: float | None = None
 ) -> torch.Tensor:
     """How much attention later queries send to each token, with the full cache.
 
@@ -146,7 +146,7 @@ def future_attention(
 
     Args:
         query: `[N, H, M, D]`; key: `[N, G, M, D]`, of documents from their first token on.
-        asked: int64 `[N, A]`, positions of the queries that count, -1 where a document has fewer.
+        predicting: int64 `[N, A]`, positions of the queries that count, -1 where a document has fewer.
 
     Returns:
         `[N, G, W - 1, L]` fp32 (fp64 for fp64), summed over those queries and the query heads of a KV head. Memory
@@ -160,7 +160,7 @@ def future_attention(
     scale = channels**-0.5 if scale is None else scale
     position = torch.arange(tokens, device=query.device)
     window = (position - config.sink_size).div(config.lag_size, rounding_mode="floor")
-    for at in asked.split(max(BLOCK // (documents * heads * tokens), 1), dim=1):
+    for at in predicting.split(max(BLOCK // (documents * heads * tokens), 1), dim=1):
         rows = query.gather(2, at.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, channels))
         rows = rows.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # the query heads of a KV head behind each other
         at = at[:, None, :].expand(-1, heads // kv_heads, -1).flatten(1)
@@ -196,10 +196,10 @@ def _laid_out(states: torch.Tensor, groups: list[Group]) -> tuple[torch.Tensor, 
     return (states,) if len(groups) == 1 and groups[0].whole else Gather.apply(states, groups)
 
 
-def _places(asked: torch.Tensor, groups: list[Group], most: int) -> list[torch.Tensor]:
-    """For each group the positions of asked tokens within their documents, `[N, A]`, -1 behind the last."""
+def _places(predicting: torch.Tensor, groups: list[Group], most: int) -> list[torch.Tensor]:
+    """For each group the positions of predicting tokens within their documents, `[N, A]`, -1 behind the last."""
     result = []
-    for marks in _laid_out(asked[:, None, :, None], groups):
+    for marks in _laid_out(predicting[:, None, :, None], groups):
         found = []
         for document in marks[:, 0, :, 0]:
             at = document.nonzero().squeeze(1)

@@ -132,8 +132,8 @@ def _check(query, key, value, position_ids, attention_mask, impl):
     if key.shape != value.shape:
         raise ValueError(f"key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}.")
     if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
-        found = ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))
-        raise ValueError(f"query, key and value must have one dtype and be on one device, got {found}: convert them.")
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))
+        raise ValueError(f"query, key and value must have one dtype and be on one device, got {kinds}: convert them.")
     batch, heads, tokens, channels = query.shape
     if (batch, tokens, channels) != (key.shape[0], key.shape[2], key.shape[3]):
         raise ValueError(

@@ -43,7 +43,7 @@ def attend(
         `[B, H, T, D]` in the query's dtype. On a CPU without gradients only, uncompiled, for tests.
 
     Raises:
-        ValueError: when there are fewer queries than keys, or gradients are asked for on a CPU.
+        ValueError: when there are fewer queries than keys, or gradients are needed on a CPU.
     """
     length = key.shape[2]
     if query.shape[2] != length:

@@ -1,7 +1,7 @@
 """Attention within a sliding window, for the layers of a model that have one: exact, and without a `T x T` mask.
 
 Queries are taken in blocks, each over the keys that its window reaches. A block computes `BLOCK + window` keys per
-query where `window` are asked for, so the cost is linear in the tokens; memory is that of one block's mask.
+query where `window` would do, so the cost is linear in the tokens; memory is that of one block's mask.
 
 Shapes: B batch, H query heads, G KV heads, T query tokens, S key tokens, D head dim.
 """

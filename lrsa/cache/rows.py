@@ -132,7 +132,7 @@ class RowsLayer(CacheLayerMixin):
         out = torch.zeros_like(query)
         parts: list[tuple[torch.Tensor, torch.Tensor]] = [None] * len(new)
         for state in sorted(set(zip(self.seen, new, strict=True))):
-            rows = [row for row, found in enumerate(zip(self.seen, new, strict=True)) if found == state]
+            rows = [row for row, pair in enumerate(zip(self.seen, new, strict=True)) if pair == state]
             seen, count = state
             at = torch.tensor(rows, device=key.device)
             fresh = [x[at] for x in (query, key, value)]
@@ -143,12 +143,12 @@ class RowsLayer(CacheLayerMixin):
                 for buffer, x in zip((self.keys, self.values), fresh[1:], strict=True)
             )
             if count:
-                found = self._attend_behind(fresh[0], keys, values, seen, scale, impl)
+                part = self._attend_behind(fresh[0], keys, values, seen, scale, impl)
                 if attention_mask is None:
-                    out[at] = found
+                    out[at] = part
                 else:
                     column = attention_mask[at].bool().nonzero()[:, 1].view(len(rows), -1)
-                    out[at[:, None], :, column] = found.transpose(1, 2)
+                    out[at[:, None], :, column] = part.transpose(1, 2)
             keys, values = self._remains(keys, values, [keys.shape[2]] * len(rows), seen)
             for place, row in enumerate(rows):
                 parts[row] = (keys[place], values[place])

@@ -66,6 +66,6 @@ def _merge(
     new_at = new_out + block * new_out_strides[0] + head * new_out_strides[1]
     new_at += row[:, None] * new_out_strides[2] + channel * new_out_strides[3]
     known = tl.load(at, mask=both, other=0.0)
-    found = tl.load(new_at, mask=both, other=0.0).to(known.dtype)
-    tl.store(at, known + (found - known) * weight[:, None], mask=both)
+    added = tl.load(new_at, mask=both, other=0.0).to(known.dtype)
+    tl.store(at, known + (added - known) * weight[:, None], mask=both)
     tl.store(old_at, top + tl.log(total), mask=real)

@@ -68,12 +68,12 @@ def test_following_the_gradient_keeps_what_is_asked_for():
     assert (before != 1).any() and (after == 1).all()
 
 
-def grads_of(model, weight, ids, mask=None, positions=None, asked=None, divide=1.0):
+def grads_of(model, weight, ids, mask=None, positions=None, predicting=None, divide=1.0):
     """Gradients of `loss / divide` for all parameters, with supervision of `weight`; and the supervision."""
-    if asked is None:
-        asked = torch.zeros_like(ids, dtype=torch.bool)
-        asked[:, -4:] = True
-    supervision = SelectionSupervision(CONFIG, asked, layers=[0, 2], weight=weight, temperature=5.0)
+    if predicting is None:
+        predicting = torch.zeros_like(ids, dtype=torch.bool)
+        predicting[:, -4:] = True
+    supervision = SelectionSupervision(CONFIG, predicting, layers=[0, 2], weight=weight, temperature=5.0)
     options = {"attention_mask": mask, "position_ids": positions, "lrsa_supervision": supervision}
     with torch.no_grad(), supervision.record():
         model(ids, **options)
@@ -150,8 +150,8 @@ def test_padded_and_packed_rows_are_the_documents_alone(model):
 
     packed = torch.cat(documents, 1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    asked = torch.cat([torch.arange(n) >= n - 4 for n in lengths])[None]
-    found = grads_of(model, 1.0, packed, positions=positions, asked=asked)[1].losses
+    predicting = torch.cat([torch.arange(n) >= n - 4 for n in lengths])[None]
+    found = grads_of(model, 1.0, packed, positions=positions, predicting=predicting)[1].losses
     for layer, loss in expected.items():
         torch.testing.assert_close(found[layer], loss, atol=1e-10, rtol=0)
 
@@ -160,18 +160,18 @@ def test_padded_and_packed_rows_are_the_documents_alone(model):
     for row, ids in zip(rows, documents, strict=True):
         row[30 - ids.shape[1] :] = ids[0]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    asked = torch.arange(30).expand(3, 30) >= 26
-    found = grads_of(model, 1.0, rows, mask, positions, asked)[1].losses
+    predicting = torch.arange(30).expand(3, 30) >= 26
+    found = grads_of(model, 1.0, rows, mask, positions, predicting)[1].losses
     for layer, loss in expected.items():
         torch.testing.assert_close(found[layer], loss, atol=1e-10, rtol=0)
 
 
 def test_queries_are_thinned_out_evenly_and_blocks_change_nothing(model, monkeypatch):
     query, key = states(4, 2, tokens=60)
-    asked = torch.arange(20, 60)[None]
-    whole = future_attention(query, key, asked, CONFIG)
+    predicting = torch.arange(20, 60)[None]
+    whole = future_attention(query, key, predicting, CONFIG)
     monkeypatch.setattr("train.selection_loss.BLOCK", 4 * 60 * 7)
-    torch.testing.assert_close(future_attention(query, key, asked, CONFIG), whole, atol=1e-14, rtol=0)
+    torch.testing.assert_close(future_attention(query, key, predicting, CONFIG), whole, atol=1e-14, rtol=0)
 
     from lrsa.attention.documents import find_documents
     from train.selection_loss import _places
@@ -184,9 +184,9 @@ def test_a_checkpointed_attention_alone(model):
     """Selective use: any checkpointing around any part works, because nothing leaves the attention function."""
     key, value = (x.requires_grad_() for x in states(2, 2, rows=2, tokens=30))
     query = states(4, rows=2, tokens=30)[0]
-    asked = torch.zeros(2, 30, dtype=torch.bool)
-    asked[:, -1] = True
-    supervision = SelectionSupervision(CONFIG, asked, layers=[0])
+    predicting = torch.zeros(2, 30, dtype=torch.bool)
+    predicting[:, -1] = True
+    supervision = SelectionSupervision(CONFIG, predicting, layers=[0])
     call = lambda k, v: supervision.attach(0, query, k, v, query * k.sum(), None, None, None)  # noqa: E731
     with supervision.record():
         call(key, value)

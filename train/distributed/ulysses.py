@@ -177,7 +177,7 @@ class SequenceParallelTrainer(LRSATrainer, PartOfStep):
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.lrsa is None:
-            del inputs["asked"]
+            del inputs["predicting"]
         part = super().compute_loss(model, inputs, False, num_items_in_batch)
         whole = part.detach().clone()
         torch.distributed.all_reduce(whole, group=get_sequence_parallel_group())
@@ -202,7 +202,7 @@ class SequenceParallelTrainer(LRSATrainer, PartOfStep):
 class _Slices:
     """A collator whose rows are cut: slice `rank` of `size`, with labels that are shifted before the cut.
 
-    Whole stay `document_lengths` and `asked`, the tokens whose next one is trained, for the trainer and its objective.
+    `document_lengths` and `predicting` (the tokens whose next one is trained) stay whole, for trainer and objective.
     """
 
     collator: Callable
@@ -218,5 +218,5 @@ class _Slices:
         names = [name for name in ("input_ids", "position_ids", "attention_mask", "shift_labels") if name in batch]
         slices = {name: batch[name][:, self.rank * width : (self.rank + 1) * width].contiguous() for name in names}
         lengths = [length for row in rows for length in row.get("seq_lengths", [len(row["input_ids"])])]
-        asked = batch["shift_labels"] != IGNORED
-        return slices | {"document_lengths": torch.tensor(lengths), "asked": asked}
+        predicting = batch["shift_labels"] != IGNORED
+        return slices | {"document_lengths": torch.tensor(lengths), "predicting": predicting}

@@ -99,7 +99,7 @@ def _compiler() -> list[str]:
 
 
 def _run(command: list[str]) -> str:
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        raise CompilerError(f"{shlex.join(command)} failed:\n{found.stderr.strip()[:2000]}")
-    return found.stdout
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CompilerError(f"{shlex.join(command)} failed:\n{done.stderr.strip()[:2000]}")
+    return done.stdout

@@ -73,14 +73,14 @@ struct Task {
 };
 
 static std::vector<Task> tasks_of(const Problem &p, int64_t head) {
-    std::vector<Task> found;
+    std::vector<Task> tasks;
     const int64_t most = std::max<int64_t>(ROWS / p.group(), 1), dense = p.sink_size + 2 * p.lag_size;
     for (int64_t first = p.length - p.tokens, last; first < p.length; first = last) {
         int64_t stop = first < dense ? dense : first + p.lag_size - (first - p.sink_size) % p.lag_size;
         last = std::min({first + most, stop, p.length});
-        found.push_back({head, first, last});
+        tasks.push_back({head, first, last});
     }
-    return found;
+    return tasks;
 }
 
 struct Keys {
@@ -193,10 +193,10 @@ struct Scratch {  // the parts of a thread's scratch, one after the other
     Real *next, *end;
 
     Real *take(int64_t size) {
-        Real *found = next;
+        Real *taken = next;
         if (size > end - next) std::abort();  // scratch_size and its users disagree
         next += size;
-        return found;
+        return taken;
     }
 };
 

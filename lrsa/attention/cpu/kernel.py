@@ -96,8 +96,8 @@ def _attend_backward(
     grad_query = _like(query)
     grad_key, grad_value = (key.new_zeros(parts, *key.shape, dtype=_exact(key)) for _ in range(2))
     states = {"query": query, "key": key, "value": value, "out": out, "lse": lse, "index": index, "grad": grad}
-    found = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
-    _call("lrsa_backward", states | found, sink_size, lag_size, scale, parts)
+    results = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
+    _call("lrsa_backward", states | results, sink_size, lag_size, scale, parts)
     return grad_query, *((x[0] if parts == 1 else x.sum(0)).to(key.dtype) for x in (grad_key, grad_value))
 
 
