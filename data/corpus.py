@@ -9,10 +9,10 @@ import datasets
 import numpy as np
 
 from data.question_answering import question_answering_rows
-from data.reading import DataError
 from data.report import DataReport, compression_warning, length_summary, marked_sample
 from data.rows import Rows, to_dataset
 from data.settings import DataSettings
+from data.sources.files import DataError
 from data.synthetic.rows import synthetic_rows
 from data.text import text_rows
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.encoding import Encoder
 from data.progress import progress
-from data.prompt import continued_ids, token_ids, turn_of
+from data.prompt import turn_of
 from data.questions import Question
 from data.rows import Row
 
@@ -42,15 +43,21 @@ class LongContexts:
     The prompt is `template` with the passages as `{context}`, inside the tokenizer's chat template if it has one. The
     blank that follows `{context}` in the template also separates passages, and a passage has the token ids that it gets
     after this blank.
+
+    Args:
+        shuffle: whether the passages of a row are shuffled; None: unless they are pages, which stay together in order.
     """
 
-    def __init__(self, tokenizer, template: str, passages: Sequence[str], context_length: int):
-        self.tokenizer, self.passages, self.context_length = tokenizer, passages, context_length
-        self.turn = turn_of(tokenizer)
+    def __init__(
+        self, encoder: Encoder, template: str, passages: Sequence[str], context_length: int, shuffle: bool | None
+    ):
+        self.encoder, self.passages, self.context_length = encoder, passages, context_length
+        self.shuffle = shuffle
+        self.turn = turn_of(encoder.tokenizer)
         head, after_context = template.split("{context}")
         tail = after_context.lstrip()
         self.separator = after_context[: len(after_context) - len(tail)]
-        self.head, self.tail = self.turn.before + head, tail + self.turn.between
+        self.head, self.tail = encoder.markup(self.turn.before + head), encoder.markup(tail + self.turn.between)
         self.ids: dict[int, np.ndarray] = {}
 
     def tokenize(self, numbers: Iterable[int]) -> None:
@@ -59,7 +66,8 @@ class LongContexts:
         batches = [new[start : start + _BATCH] for start in range(0, len(new), _BATCH)]
         for batch in progress(batches, "tokenizing passages"):
             texts = [self.passages[number] + self.separator for number in batch]
-            _, ids = continued_ids(self.tokenizer, [self.separator] * len(batch), texts)
+            _, ids = self.encoder.continued([self.separator] * len(batch), texts)
+            self.encoder.count(texts)
             self.ids.update(zip(batch, ids, strict=True))
 
     def pieces(self, questions: Sequence[Question]) -> list[Pieces]:
@@ -67,10 +75,11 @@ class LongContexts:
         self.tokenize(number for question in questions for number in question.gold)
         heads, tails = zip(*(self._around(question) for question in questions), strict=True)
         distinct = list(dict.fromkeys(heads))
-        head_ids = dict(zip(distinct, token_ids(self.tokenizer, distinct), strict=True))
-        _, tail_ids = continued_ids(self.tokenizer, [self.separator] * len(tails), tails)
-        answers = [self.turn.lead + question.answers[0] + self.turn.after for question in questions]
-        _, answer_ids = continued_ids(self.tokenizer, tails, answers)
+        head_ids = dict(zip(distinct, self.encoder.ids(distinct), strict=True))
+        _, tail_ids = self.encoder.continued([self.separator] * len(tails), tails)
+        after = self.encoder.markup(self.turn.after)
+        answers = [self.turn.lead + question.answers[0] + after for question in questions]
+        _, answer_ids = self.encoder.continued(tails, answers)
         found = []
         for question, head, tail, answer in zip(questions, heads, tail_ids, answer_ids, strict=True):
             needed = len(head_ids[head]) + len(tail) + len(answer) + sum(len(self.ids[n]) for n in question.gold)
@@ -83,12 +92,13 @@ class LongContexts:
         """One row per question, filled with distractors; the answer is never cut.
 
         A question's own distractors come first, then passages of `pool` (their numbers) in random order, each at most
-        once, as long as they fit whole. Then all passages of the row are shuffled.
+        once, as long as they fit whole. Then the passages are shuffled, or the gold ones put among the others in order.
 
         Args:
             dropped: counts the questions that do not fit even without distractors.
         """
         self.tokenize([*pool.tolist(), *(number for question in questions for number in question.own)])
+        self.encoder.count(text for question in questions for text in (question.text, question.answers[0]))
         batches = [questions[start : start + _BATCH] for start in range(0, len(questions), _BATCH)]
         entries = (entry for batch in batches for entry in zip(batch, self.pieces(batch), strict=True))
         found = []
@@ -96,8 +106,13 @@ class LongContexts:
             if pieces.room < 0:
                 dropped[TOO_LONG] += 1
                 continue
-            order = [*question.gold, *self._distractors(question, pool, pieces.room, rng)]
-            rng.shuffle(order)
+            others = self._distractors(question, pool, pieces.room, rng)
+            if not question.pages if self.shuffle is None else self.shuffle:
+                order = [*question.gold, *others]
+                rng.shuffle(order)
+            else:
+                place = int(rng.integers(len(others) + 1))
+                order = [*others[:place], *question.gold, *others[place:]]
             ids = np.concatenate([pieces.head, *(self.ids[number] for number in order), pieces.tail, pieces.answer])
             assert len(ids) <= self.context_length
             found.append(QuestionRow(ids, len(ids) - len(pieces.answer), question, tuple(order)))
@@ -106,7 +121,14 @@ class LongContexts:
     def text(self, row: QuestionRow) -> str:
         """The prompt of a row as text: what the row's prompt ids are made of, BOS or chat markup included."""
         head, tail = self._around(row.question)
-        return head + "".join(self.passages[number] + self.separator for number in row.passages) + tail
+        whole = head + "".join(self.passages[number] + self.separator for number in row.passages) + tail
+        return self.encoder.plain(whole)
+
+    def ids_in_one_piece(self, row: QuestionRow) -> np.ndarray:
+        """Token ids of a row's prompt when it is tokenized as a whole."""
+        head, tail = self._around(row.question)
+        passages = "".join(self.passages[number] + self.separator for number in row.passages)
+        return self.encoder.ids([head + passages + tail])[0]
 
     def _around(self, question: Question) -> tuple[str, str]:
         return self.head.replace("{question}", question.text), self.tail.replace("{question}", question.text)

@@ -1,13 +1,10 @@
-"""Text around a prompt and its answer, and token ids of pieces that join to the tokens of the whole text."""
+"""Text around a prompt and its answer: a chat template's markup, or BOS and EOS."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from data.reading import DataError
+from data.sources.files import DataError
 
 _USER, _ANSWER = "USERTEXTGOESHERE", "ANSWERTEXTGOESHERE"
 
@@ -49,33 +46,3 @@ def turn_of(tokenizer) -> Turn:
     between, after = rest.split(_ANSWER)
     prompt_end = between.rstrip(" ")
     return Turn(before, prompt_end, lead=between[len(prompt_end) :], after=after.rstrip() or tokenizer.eos_token or "")
-
-
-def token_ids(tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids (int32) of each text as it stands: nothing is added around it."""
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [np.asarray(ids, dtype=np.int32) for ids in encoded]
-
-
-def continued_ids(
-    tokenizer, prefixes: Sequence[str], texts: Sequence[str]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Token ids of each prefix, and those that its text adds when it follows the prefix.
-
-    A tokenizer may treat the start of a text in its own way (SentencePiece puts a blank there), so a piece that will
-    stand in the middle is tokenized behind what comes before it. Where the seam falls inside a token, the text is
-    tokenized alone.
-    """
-    distinct = list(dict.fromkeys(prefixes))
-    ids_of = dict(zip(distinct, token_ids(tokenizer, distinct), strict=True))
-    before = [ids_of[prefix] for prefix in prefixes]
-    whole = token_ids(tokenizer, [prefix + text for prefix, text in zip(prefixes, texts, strict=True)])
-    added = [
-        ids[len(prefix) :] if np.array_equal(ids[: len(prefix)], prefix) else None
-        for prefix, ids in zip(before, whole, strict=True)
-    ]
-    return before, [
-        token_ids(tokenizer, [text])[0] if ids is None else ids for ids, text in zip(added, texts, strict=True)
-    ]

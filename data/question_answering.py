@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from data.duplicates import DistinctTexts
+from data.encoding import Encoder
 from data.long_context import TOO_LONG, LongContexts, QuestionRow
-from data.prompt import token_ids
-from data.questions import Question, read_questions
-from data.reading import DataError, evaluation_source, read_evaluation_records, read_records
+from data.questions import Question, layout_of, read_questions, short_passages
 from data.rows import EVALUATED, NOT_CHOSEN, Rows, chosen
 from data.settings import DataSettings
+from data.sources.files import DataError
+from data.sources.records import evaluation_source, read_evaluation_records, read_records
 
 _POOL = 8192  # passages that distractors come from: enough for rows of a million tokens, few enough to tokenize
 _CHECKED = 16  # rows whose prompt is tokenized in one piece, to compare
@@ -27,9 +29,10 @@ def question_answering_rows(settings: DataSettings, tokenizer, seed: int) -> Row
         DataError: when the data cannot be read, or cannot be split.
     """
     result = Rows(source=settings.path)
-    numbers: dict[str, int] = {}
-    train, evaluation = _read(settings, numbers, result)
-    contexts = LongContexts(tokenizer, settings.prompt_template, list(numbers), settings.context_length)
+    passages = DistinctTexts()
+    train, evaluation, fill = _read(settings, passages, result)
+    template, shuffle = settings.prompt_template, settings.shuffle_passages
+    contexts = LongContexts(Encoder(tokenizer), template, passages.texts, settings.context_length, shuffle)
     rng = np.random.default_rng([seed, 0])
     if evaluation is None:
         train, evaluation = _held_out(train, contexts, settings, rng, result)
@@ -38,27 +41,30 @@ def question_answering_rows(settings: DataSettings, tokenizer, seed: int) -> Row
     held = {number for question in evaluation for number in question.gold}
     train = _without(train, held, settings.max_rows, rng, result)
 
-    pool = rng.permutation(len(numbers))[:_POOL]
+    pool = rng.permutation(len(passages.texts))[: _POOL if fill else 0]
     train_pool = np.asarray([number for number in pool.tolist() if number not in held], dtype=np.int64)
     result.train = contexts.rows(train, train_pool, np.random.default_rng([seed, 1]), result.dropped)
     rows = contexts.rows(evaluation, pool, np.random.default_rng([seed, 2]), result.evaluation_dropped)
     result.evaluation = [_evaluation_row(row, contexts) for row in rows]
-    result.notes += _notes(contexts, (rows or result.train)[:_CHECKED])
+    result.notes += _notes(contexts, (rows or result.train)[:_CHECKED]) + _passage_notes(result.train, passages, fill)
     return result
 
 
 def _read(
-    settings: DataSettings, numbers: dict[str, int], result: Rows
-) -> tuple[list[Question], list[Question] | None]:
-    """All questions to train on, and those of an evaluation source of its own; `numbers` gets the passages."""
-    layout, columns = settings.format, settings.columns
-    records = read_records(settings.path, settings.name, settings.split)
-    train = read_questions(records, layout, columns, f"data.path {settings.path}", numbers, result.dropped)
-    records = read_evaluation_records(settings)
+    settings: DataSettings, passages: DistinctTexts, result: Rows
+) -> tuple[list[Question], list[Question] | None, bool]:
+    """Questions to train on, those of an evaluation source of its own, and whether rows are filled from the pool."""
+    columns = settings.columns
+    records = read_records(settings.path, settings.name, settings.split, notes=result.notes)
+    layout = layout_of(records[0], settings.format, columns)
+    fill = settings.distractors == "pool"
+    fill |= settings.distractors == "auto" and short_passages(records[0], layout, columns)
+    train = read_questions(records, layout, columns, f"data.path {settings.path}", passages, result.dropped)
+    records = read_evaluation_records(settings, result.notes)
     if records is None:
-        return train, None
-    source = evaluation_source(settings)
-    return train, read_questions(records, layout, columns, source, numbers, result.evaluation_dropped)
+        return train, None, fill
+    layout, source = layout_of(records[0], settings.format, columns), evaluation_source(settings)
+    return train, read_questions(records, layout, columns, source, passages, result.evaluation_dropped), fill
 
 
 def _held_out(
@@ -110,13 +116,34 @@ def _evaluation_row(row: QuestionRow, contexts: LongContexts) -> dict:
 
 
 def _notes(contexts: LongContexts, rows: list[QuestionRow]) -> list[str]:
-    whole = token_ids(contexts.tokenizer, [contexts.text(row) for row in rows])
-    pairs = zip(rows, whole, strict=True)
-    different = sum(not np.array_equal(row.input_ids[: row.prompt_length], ids) for row, ids in pairs)
+    different = sum(
+        not np.array_equal(row.input_ids[: row.prompt_length], contexts.ids_in_one_piece(row)) for row in rows
+    )
     notes = [] if contexts.turn.after else ["the tokenizer has no end-of-text token: the model is not taught to stop"]
     if different:
         notes.append(
             f"{different} of {len(rows)} prompts get other tokens when tokenized in one piece: "
             "passages are tokenized once and joined, in training and in evaluation"
         )
+    return notes + contexts.encoder.notes()
+
+
+def _passage_notes(rows: list[QuestionRow], passages: DistinctTexts, fill: bool) -> list[str]:
+    """What was put into the rows beside their own passages, and in which order."""
+    added = sum(len(set(row.passages) - {*row.question.gold, *row.question.own}) for row in rows) / max(len(rows), 1)
+    if fill:
+        notes = [f"{added:.1f} passages of other records are added to a row on average (data.distractors: pool)"]
+    else:
+        notes = ["a row holds the context of its own record only (data.distractors: none)"]
+    if rows and all(row.question.pages and list(row.question.gold) == _in_row(row) for row in rows):
+        notes.append("the texts of a context keep their order (data.shuffle_passages: false)")
+    if passages.rewritten:
+        notes.append(
+            f"{passages.rewritten} passages differ from others in blanks, case or Unicode form alone: they are joined, "
+            "so that none is trained on in one form and held out in another"
+        )
     return notes
+
+
+def _in_row(row: QuestionRow) -> list[int]:
+    return [number for number in row.passages if number in row.question.gold]

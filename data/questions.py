@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data.reading import DataError, column
+from data.duplicates import DistinctTexts
+from data.sources.files import DataError
+from data.sources.records import column
 
 NO_ANSWER = "no answer is given (unanswerable)"
 NO_QUESTION = "no question is given"
@@ -25,12 +27,14 @@ class Question:
     """A question, the answers that count as right, and its passages by number.
 
     `gold` passages hold the answer and are always in the row; `own` are distractors that came with the question.
+    `pages` says that the gold passages are a list without titles, whose order may carry meaning.
     """
 
     text: str
     answers: tuple[str, ...]
     gold: tuple[int, ...]
     own: tuple[int, ...] = ()
+    pages: bool = False
 
 
 def read_questions(
@@ -38,19 +42,18 @@ def read_questions(
     layout: str,
     columns: dict[str, str],
     source: str,
-    passages: dict[str, int],
+    passages: DistinctTexts,
     dropped: Counter,
 ) -> list[Question]:
     """The questions of `records`; passages get numbers in `passages`, left-out questions are counted in `dropped`.
 
     Args:
-        layout: auto, squad, hotpotqa or generic, as in `DataSettings.format`.
+        layout: squad, hotpotqa or generic, from `layout_of`.
         source: what error messages call the records.
 
     Raises:
         DataError: a missing column, or a record that does not fit the layout.
     """
-    layout = _layout(records[0], layout, columns)
     names = (
         ()
         if layout == "squad"
@@ -61,27 +64,33 @@ def read_questions(
     for number, record in enumerate(records):
         try:
             entries = [
-                (q.strip(), _clean(gold), _clean(own), _clean(a)) for q, gold, own, a in entries_of(record, names)
+                (_text(question, "question"), _clean(gold, "context"), _clean(own, "context"), _clean(said, "answer"))
+                for question, gold, own, said in entries_of(record, names)
             ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = error if type(error) is ValueError else "a field is missing, or holds something else"
             raise DataError(
-                f"{source}: record {number} does not fit data.format {layout}, which expects "
-                f"{EXPECTED[layout]}: {type(error).__name__} {error}."
+                f"{source}: record {number} does not fit data.format {layout}, which expects {EXPECTED[layout]}: "
+                f"{reason}. The record: {str(record)[:200]}"
             ) from error
+        pages = layout == "generic" and isinstance(record[names[1]], list)
         for question, gold, own, answers in entries:
             reason = NO_QUESTION if not question else NO_CONTEXT if not gold else NO_ANSWER if not answers else None
             if reason:
                 dropped[reason] += 1
             else:
-                gold_ids, own_ids = (
-                    tuple(passages.setdefault(t, len(passages)) for t in texts) for texts in (gold, own)
-                )
-                found.append(Question(question, answers, gold_ids, own_ids))
+                gold_ids, own_ids = (tuple(dict.fromkeys(map(passages.number, texts))) for texts in (gold, own))
+                own_ids = tuple(number for number in own_ids if number not in gold_ids)
+                found.append(Question(question, answers, gold_ids, own_ids, pages))
     return found
 
 
-def _layout(record: dict[str, Any], layout: str, columns: dict[str, str]) -> str:
-    """The layout of `record`. The Hub's squad is generic: one record per question, answers as {"text": [...]}."""
+def layout_of(record: dict[str, Any], layout: str, columns: dict[str, str]) -> str:
+    """The layout of `record`; auto looks at it. The Hub's squad is generic: one record per question.
+
+    Args:
+        layout: auto, squad, hotpotqa or generic, as in `DataSettings.format`.
+    """
     if layout == "squad" and "paragraphs" not in record:
         return "generic"
     if layout != "auto":
@@ -90,6 +99,11 @@ def _layout(record: dict[str, Any], layout: str, columns: dict[str, str]) -> str
     titled = isinstance(context, dict) and {"title", "sentences"} <= set(context)
     listed = isinstance(context, list) and bool(context) and isinstance(context[0], list)
     return "squad" if "paragraphs" in record else "hotpotqa" if titled or listed else "generic"
+
+
+def short_passages(record: dict[str, Any], layout: str, columns: dict[str, str]) -> bool:
+    """Whether the context of a record is a passage among many, as in SQuAD and HotpotQA, and no document of its own."""
+    return layout in ("squad", "hotpotqa") or isinstance(record.get(columns.get("answers", "answers")), dict)
 
 
 Entry = tuple[str, list[str], list[str], list[str]]  # question, gold passages, other passages, answers
@@ -115,15 +129,34 @@ def _hotpotqa(record: dict[str, Any], names) -> Iterator[Entry]:
 
 def _generic(record: dict[str, Any], names) -> Iterator[Entry]:
     question, context, answers = (record[name] for name in names)
-    yield question or "", [context] if isinstance(context, str) else list(context or ()), [], _answers(answers)
+    yield question, _listed(context), [], _answers(answers)
 
 
-def _answers(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        value = value["text"]
-    return [value] if isinstance(value, str) else list(value or ())
+def _answers(value: Any) -> list:
+    return _listed(value["text"] if isinstance(value, dict) else value)
 
 
-def _clean(texts: list[str]) -> tuple[str, ...]:
-    """Stripped, without empty ones, each once, in order."""
-    return tuple(dict.fromkeys(stripped for text in texts if (stripped := text.strip())))
+def _listed(value: Any) -> list:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _clean(values: list, what: str) -> tuple[str, ...]:
+    """Stripped texts, without empty ones, each once, in order."""
+    return tuple(dict.fromkeys(stripped for value in values if (stripped := _text(value, what))))
+
+
+def _text(value: Any, what: str) -> str:
+    """The stripped text of a field; a whole number is the text that it is written as.
+
+    Raises:
+        ValueError: for anything else that is not text: 3.10 and true can be written in several ways.
+    """
+    if value is None and what == "question":
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        kind = {bool: "true or false", float: "a number with a fraction", dict: "a mapping", list: "a list"}
+        text = f"the {what} {value!r} is {kind.get(type(value), 'no text')}"
+        raise ValueError(f'{text}; write it as text, in quotes, as the model shall answer or read it ("yes", "3.10")')
+    return value.strip()

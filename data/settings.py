@@ -44,8 +44,8 @@ class DataSettings(BaseModel):
     path: str | None = Field(
         None,
         validate_default=True,
-        description="A local .json, .jsonl, .txt or .md file, a local directory of texts or of a data set, or the name "
-        "of a data set on the Hugging Face Hub. Not used by synthetic.",
+        description="A local .json, .jsonl, .csv, .tsv, .parquet, .txt or .md file, a local directory of files of one "
+        "of these kinds, or the name of a data set on the Hugging Face Hub. Not used by synthetic.",
     )
     name: str | None = Field(None, description="Configuration (subset) of a Hub data set, for example distractor.")
     split: str = Field("train", description="Split of a Hub data set that is trained on.")
@@ -74,6 +74,20 @@ class DataSettings(BaseModel):
         DEFAULT_TEMPLATE,
         description="Prompt of qa rows, with {context} and {question} once each. The blank line after {context} also "
         "stands between passages. A chat template, where the tokenizer has one, goes around it.",
+    )
+    distractors: Literal["auto", "none", "pool"] = Field(
+        "auto",
+        description="qa: pool fills rows up to context_length with passages of other records; none leaves a row with "
+        "its own context; auto is pool for squad and hotpotqa, whose passages are short, and none for other records.",
+    )
+    shuffle_passages: bool | None = Field(
+        None,
+        description="qa: put the passages of a row in random order. null: unless a context is a list of texts without "
+        "titles, such as pages, which then stay together in their order.",
+    )
+    end_of_document: bool = Field(
+        True,
+        description="text: train the end-of-text token after every document, so that the model does not unlearn it.",
     )
     join_documents: bool = Field(
         False,

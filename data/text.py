@@ -2,8 +2,8 @@
 
 Every row begins with BOS where the tokenizer has one: it is the first thing a model sees in pretraining and the sink
 that later tokens lean on, so a piece from the middle of a document gets one too. A row holds tokens of one document,
-unless `join_documents` is set; then documents follow each other, each with its BOS in front (EOS behind, without BOS).
-Without joining no end-of-text token is trained: such rows adapt a model to its cache, not teach it when to stop.
+unless `join_documents` is set; then documents follow each other, each with its BOS in front. Every document ends with
+EOS, which is trained, unless `end_of_document` is false; joined documents without BOS are told apart by EOS even then.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from data.duplicates import DistinctTexts, normal_form
+from data.encoding import Encoder
 from data.progress import progress
-from data.prompt import token_ids
-from data.reading import DataError, column, evaluation_source, read_evaluation_records, read_records
 from data.rows import EVALUATED, EVALUATION_NOT_CHOSEN, NOT_CHOSEN, Row, Rows, chosen
 from data.settings import DataSettings
+from data.sources.files import DataError
+from data.sources.records import column, evaluation_source, read_evaluation_records, read_records
 
 EMPTY = "empty document"
 DUPLICATE = "document that is there already"
+REWRITTEN = "document that is there already, apart from blanks, case or Unicode form"
 TOO_SHORT = "piece of a document with fewer than 2 tokens"
 _BATCH = 64
 
@@ -32,26 +35,35 @@ def text_rows(settings: DataSettings, tokenizer, seed: int) -> Rows:
     Raises:
         DataError: when the data cannot be read.
     """
-    result = Rows(source=settings.path)
+    result, encoder = Rows(source=settings.path), Encoder(tokenizer)
     rng = np.random.default_rng([seed, 0])
-    records = read_records(settings.path, settings.name, settings.split)
+    records = read_records(settings.path, settings.name, settings.split, notes=result.notes)
     documents = read_documents(records, settings.columns, f"data.path {settings.path}", result.dropped)
-    records = read_evaluation_records(settings)
+    records = read_evaluation_records(settings, result.notes)
     if records is not None:
         held = read_documents(records, settings.columns, evaluation_source(settings), result.evaluation_dropped)
-        found = _rows(tokenize_documents(held, tokenizer), settings, tokenizer, result.evaluation_dropped)
+        found = _rows(_encoded(held, encoder, settings), settings, tokenizer, result.evaluation_dropped)
         evaluation = [found[i] for i in chosen(len(found), settings.eval_rows, rng)]
         result.evaluation_dropped[EVALUATION_NOT_CHOSEN] += len(found) - len(evaluation)
-        elsewhere = set(held)
-        kept = [document for document in documents if document not in elsewhere]
+        elsewhere = set(map(normal_form, held))
+        kept = [document for document in documents if normal_form(document) not in elsewhere]
         result.dropped[EVALUATED] += len(documents) - len(kept)
-        train = _rows(tokenize_documents(kept, tokenizer), settings, tokenizer, result.dropped)
+        train = _rows(_encoded(kept, encoder, settings), settings, tokenizer, result.dropped)
     else:
-        train, evaluation = _held_out(tokenize_documents(documents, tokenizer), settings, tokenizer, rng, result)
+        train, evaluation = _held_out(_encoded(documents, encoder, settings), settings, tokenizer, rng, result)
+    result.notes += [_end_note(settings, tokenizer), *encoder.notes()]
     result.train = [Row(train[i], prompt_length=0) for i in chosen(len(train), settings.max_rows, rng)]
     result.dropped[NOT_CHOSEN] += len(train) - len(result.train)
     result.evaluation = [{"input_ids": ids.tolist()} for ids in evaluation]
     return result
+
+
+def _end_note(settings: DataSettings, tokenizer) -> str:
+    if tokenizer.eos_token_id is None:
+        return "the end of a document is not trained: the tokenizer has no end-of-text token"
+    if settings.end_of_document:
+        return f"the end of every document is trained, as {tokenizer.eos_token}"
+    return "the end of a document is not trained (data.end_of_document: false): the model may unlearn to stop"
 
 
 def _held_out(
@@ -91,7 +103,10 @@ def _hold_out(sizes: Sequence[int], wanted: int, rng: np.random.Generator) -> li
 def _rows(documents: Sequence[np.ndarray], settings: DataSettings, tokenizer, dropped: Counter) -> list[np.ndarray]:
     bos, eos, length = tokenizer.bos_token_id, tokenizer.eos_token_id, settings.context_length
     if settings.join_documents:
-        return join_documents(documents, bos, eos, length, dropped)
+        if bos is None and eos is None:
+            raise DataError("data.join_documents needs a tokenizer with a BOS or an EOS token to tell documents apart.")
+        border = None if settings.end_of_document and eos is not None else eos
+        return join_documents(documents, bos, border, length, dropped)
     return [row for ids in documents for row in split_document(ids, bos, length, dropped)]
 
 
@@ -102,23 +117,28 @@ def read_documents(records: list[dict[str, Any]], columns: dict[str, str], sourc
         DataError: no such column, or a record whose text is not a text.
     """
     text_column = column(records, "text", columns, source)
-    documents: dict[str, None] = {}
+    documents = DistinctTexts()
     for number, record in enumerate(records):
         text = record.get(text_column)
         if not isinstance(text, str):
-            raise DataError(f"{source}: record {number} holds no text in column {text_column!r}, but {text!r}.")
+            raise DataError(f"{source}: record {number} holds no text in column {text_column!r}, but {text!r:.200}.")
         text = text.strip("\n")
-        if not text.strip() or text in documents:
-            dropped[DUPLICATE if text in documents else EMPTY] += 1
-        else:
-            documents[text] = None
-    return list(documents)
+        before, rewritten = len(documents.texts), documents.rewritten
+        if not text.strip():
+            dropped[EMPTY] += 1
+        elif documents.number(text) < before:
+            dropped[REWRITTEN if documents.rewritten > rewritten else DUPLICATE] += 1
+    return documents.texts
 
 
-def tokenize_documents(documents: Sequence[str], tokenizer) -> list[np.ndarray]:
-    """Token ids (int32) of each document, nothing added."""
+def _encoded(documents: Sequence[str], encoder: Encoder, settings: DataSettings) -> list[np.ndarray]:
+    """Token ids (int32) of each document, with the end-of-text token that is trained."""
+    encoder.count(documents)
+    eos = encoder.tokenizer.eos_token_id
+    end = np.asarray([eos] if settings.end_of_document and eos is not None else [], dtype=np.int32)
     batches = [documents[start : start + _BATCH] for start in range(0, len(documents), _BATCH)]
-    return [ids for batch in progress(batches, "tokenizing documents") for ids in token_ids(tokenizer, batch)]
+    parts = (ids for batch in progress(batches, "tokenizing documents") for ids in encoder.ids(batch))
+    return [np.concatenate([ids, end]) for ids in parts]
 
 
 def split_document(ids: np.ndarray, bos: int | None, context_length: int, dropped: Counter) -> list[np.ndarray]:
@@ -136,21 +156,19 @@ def join_documents(
 ) -> list[np.ndarray]:
     """Documents one after the other, in order, as rows of `context_length` tokens; only the last may be shorter.
 
-    Raises:
-        DataError: when the tokenizer has neither BOS nor EOS to tell documents apart.
+    Args:
+        bos: put in front of every document; `eos` behind it where there is no BOS and it does not end with EOS itself.
     """
-    border = bos if bos is not None else eos
-    if border is None:
-        raise DataError("data.join_documents needs a tokenizer with a BOS or an EOS token to tell documents apart.")
-    mark = np.asarray([border], dtype=np.int32)
     if not documents:
         return []
-    stream = np.concatenate([part for ids in documents for part in ((mark, ids) if bos is not None else (ids, mark))])
+    ends = (bos, eos if bos is None else None)
+    front, behind = (np.asarray([] if end is None else [end], dtype=np.int32) for end in ends)
+    stream = np.concatenate([part for ids in documents for part in (front, ids, behind)])
     rows, start = [], 0
     while start < len(stream):
-        front = mark if bos is not None and stream[start] != bos else mark[:0]
-        end = start + context_length - len(front)
-        rows.append(np.concatenate([front, stream[start:end]]))
+        first = front if stream[start] != bos else front[:0]
+        end = start + context_length - len(first)
+        rows.append(np.concatenate([first, stream[start:end]]))
         start = end
     if len(rows[-1]) < 3:
         dropped[TOO_SHORT] += 1

@@ -36,7 +36,7 @@ def main() -> int:
 
 def show(options: argparse.Namespace) -> None:
     import lrsa
-    from data.reading import read_records
+    from data.sources.records import read_records
     from lrsa.evaluation.report.kept_tokens import describe, draw_kept_tokens, kept_tokens, read_passage, write_page
 
     given = {name: getattr(options, name) for name in ("sink_size", "lag_size", "top_k")}

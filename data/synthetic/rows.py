@@ -6,11 +6,12 @@ import random
 
 import numpy as np
 
+from data.encoding import Encoder
 from data.progress import progress
-from data.prompt import continued_ids, turn_of
-from data.reading import DataError
+from data.prompt import turn_of
 from data.rows import Row, Rows
 from data.settings import DataSettings
+from data.sources.files import DataError
 from data.synthetic import text as synthetic
 
 
@@ -35,34 +36,34 @@ def synthetic_rows(settings: DataSettings, tokenizer, seed: int) -> Rows:
 
 def _rows(settings: DataSettings, tokenizer, count: int, rng: random.Random, questions: int) -> list[tuple[Row, dict]]:
     """Rows and what they were made from: the prompt with everything around it, and its answers."""
-    turn = turn_of(tokenizer)
+    turn, encoder = turn_of(tokenizer), Encoder(tokenizer)
     room, rows = settings.context_length, []
     for _ in progress(range(count), "generating rows"):
         while True:
             made = _made(settings, tokenizer, room, rng, questions)
-            prompt = turn.before + made["prompt"] + turn.between
+            prompt = encoder.markup(turn.before) + made["prompt"] + encoder.markup(turn.between)
             texts = [turn.lead + made["answers"][0]]
             for question, answer in made.get("more", []):
                 texts += [f" {question}", f" {answer}"]
-            texts[-1] += turn.after
-            row = _row(tokenizer, prompt, texts)
+            texts[-1] += encoder.markup(turn.after)
+            row = _row(encoder, prompt, texts)
             excess = len(row.input_ids) - settings.context_length
             if excess <= 0:
                 break
             room -= excess  # the generator does not know BOS and chat markup: leave room for them from now on
-        rows.append((row, {"prompt": prompt, "answers": made["answers"]}))
+        rows.append((row, {"prompt": encoder.plain(prompt), "answers": made["answers"]}))
     return rows
 
 
-def _row(tokenizer, prompt: str, texts: list[str]) -> Row:
+def _row(encoder: Encoder, prompt: str, texts: list[str]) -> Row:
     """The prompt, then trained texts with untrained ones between them."""
-    parts, asked = [], []
+    parts, trained = [], []
     for number, text in enumerate(texts):
-        [before], [added] = continued_ids(tokenizer, [prompt + "".join(texts[:number])], [text])
+        [before], [added] = encoder.continued([prompt + "".join(texts[:number])], [text])
         parts += [before, added] if number == 0 else [added]
-        asked.append(np.full(len(added), number % 2 == 0))
-    trained = np.concatenate([np.zeros(len(parts[0]), dtype=bool), *asked])
-    return Row(np.concatenate(parts), len(parts[0]), answers=trained if len(texts) > 1 else None)
+        trained.append(np.full(len(added), number % 2 == 0))
+    answers = np.concatenate([np.zeros(len(parts[0]), dtype=bool), *trained])
+    return Row(np.concatenate(parts), len(parts[0]), answers=answers if len(texts) > 1 else None)
 
 
 def _made(settings: DataSettings, tokenizer, room: int, rng: random.Random, questions: int) -> dict:

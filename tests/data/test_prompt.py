@@ -1,10 +1,9 @@
 import copy
 
-import numpy as np
 import pytest
 
 from data import DataError
-from data.prompt import continued_ids, token_ids, turn_of
+from data.prompt import turn_of
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -68,26 +67,3 @@ def test_without_a_template_bos_and_eos_stand_around(byte_tokenizer):
 def test_a_template_that_cannot_be_used_is_an_error(template, byte_tokenizer):
     with pytest.raises(DataError, match="chat template"):
         turn_of(with_template(byte_tokenizer, template))
-
-
-@pytest.mark.parametrize("which", ["byte_tokenizer", "blank_tokenizer"])
-def test_pieces_join_to_the_tokens_of_the_whole(which, request):
-    tokenizer = request.getfixturevalue(which)
-    pieces = ["<s>Read the passages.\n\n", "The fox jumps.\n\n", "Anna found the river.\n\n", "Question: who?\nAnswer:"]
-    head = token_ids(tokenizer, pieces[:1])
-    _, rest = continued_ids(tokenizer, ["\n\n"] * 3, pieces[1:])
-    _, [answer] = continued_ids(tokenizer, pieces[-1:], [" Anna</s>"])
-    [whole] = token_ids(tokenizer, ["".join(pieces) + " Anna</s>"])
-    assert np.array_equal(np.concatenate([*head, *rest, answer]), whole)
-
-
-def test_pieces_tokenized_alone_would_not_join(blank_tokenizer):
-    alone = token_ids(blank_tokenizer, ["one.\n\n", "The fox"])
-    [whole] = token_ids(blank_tokenizer, ["one.\n\nThe fox"])
-    assert not np.array_equal(np.concatenate(alone), whole)
-
-
-def test_a_seam_inside_a_token_leaves_both_sides_whole(byte_tokenizer):
-    [prefix], [added] = continued_ids(byte_tokenizer, ["The f"], ["ox jumps"])
-    assert byte_tokenizer.decode(prefix) == "The f" and byte_tokenizer.decode(added) == "ox jumps"
-    assert len(token_ids(byte_tokenizer, ["The fox jumps"])[0]) < len(prefix) + len(added)

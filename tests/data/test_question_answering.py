@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -61,7 +62,7 @@ def test_rows_train_the_first_answer_and_its_end_only(which, squad, request):
         assert answer.strip() == f"a{asked}</s>" and prompt.endswith("\nAnswer:")
         assert row["input_ids"][0] == tokenizer.bos_token_id
         assert row["labels"][-len(trained(row)) :] == row["input_ids"][-len(trained(row)) :]
-    assert corpus.report.notes == []  # no prompt tokenizes differently in one piece
+    assert len(corpus.report.notes) == 1  # on passages; no prompt tokenizes differently in one piece
 
 
 def test_rows_are_filled_and_never_longer(squad, byte_tokenizer):
@@ -138,7 +139,7 @@ def test_max_rows_and_eval_rows(squad, byte_tokenizer):
     assert len(load(squad, byte_tokenizer, eval_rows=10).evaluation) == 9  # three whole passages
     many = load(squad, byte_tokenizer, eval_rows=1000)
     assert len(many.evaluation) == len(many.train) == 60
-    assert many.report.notes == ["60 evaluation rows could be had, of data.eval_rows = 1000"]
+    assert many.report.notes[1:] == ["60 evaluation rows could be had, of data.eval_rows = 1000"]
 
 
 def test_evaluation_from_its_own_file_takes_its_passages_out_of_training(squad, tmp_path, byte_tokenizer):
@@ -205,9 +206,88 @@ def test_real_questions(shared):
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories260K")
     corpus = load(shared / "data/xquad.en.json", tokenizer, context_length=1024, eval_rows=50)
-    assert len(corpus.evaluation) == 50 and corpus.report.notes == []
+    assert len(corpus.evaluation) == 50 and len(corpus.report.notes) == 1
     assert (
         len(corpus.train) + 50 + sum(corpus.report.dropped.values()) + sum(corpus.report.evaluation_dropped.values())
         == 1190
     )
     assert max(map(len, corpus.train["input_ids"])) <= 1024
+
+
+def write_documents(path, pages=1, count=20):
+    """Records with one document each, or a list of pages; words tell which."""
+    records = []
+    for number in range(count):
+        texts = [f"Passage p{number * 10 + page}: signed by x{number}." for page in range(pages)]
+        context = texts if pages > 1 else texts[0]
+        records.append({"question": f"Who signed q{number}?", "context": context, "answers": f"x{number}"})
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_a_document_of_its_own_gets_no_other(tmp_path, byte_tokenizer):
+    path = write_documents(tmp_path / "contracts.json")
+    corpus = load(path, byte_tokenizer, eval_rows=4)
+    rows = [byte_tokenizer.decode(ids) for ids in corpus.train["input_ids"]] + [r["prompt"] for r in corpus.evaluation]
+    assert len(rows) == 20 and all(len(numbers(row)) == 1 for row in rows)
+    assert corpus.report.notes == ["a row holds the context of its own record only (data.distractors: none)"]
+    filled = load(path, byte_tokenizer, eval_rows=4, distractors="pool")
+    assert min(len(numbers(byte_tokenizer.decode(ids))) for ids in filled.train["input_ids"]) > 5
+    assert re.match(r"1\d\.\d passages of other records are added to a row", filled.report.notes[0])
+
+
+def test_passages_of_squad_are_not_filled_when_that_is_said(squad, byte_tokenizer):
+    corpus = load(squad, byte_tokenizer, distractors="none")
+    assert {len(numbers(byte_tokenizer.decode(ids))) for ids in corpus.train["input_ids"]} == {1}
+
+
+@pytest.mark.parametrize("distractors", ["none", "pool"])
+def test_pages_keep_their_order(distractors, tmp_path, byte_tokenizer):
+    path = write_documents(tmp_path / "pages.json", pages=6)
+    corpus = load(path, byte_tokenizer, eval_rows=4, distractors=distractors, context_length=700)
+    places = set()
+    for row in [byte_tokenizer.decode(ids) for ids in corpus.train["input_ids"]]:
+        number, found = int(row.split("signed q")[1].split("?")[0]), numbers(row)
+        place = found.index(number * 10)
+        assert found[place : place + 6] == [number * 10 + page for page in range(6)]
+        places.add(place)
+    assert (len(places) > 2) == (distractors == "pool")
+    assert "the texts of a context keep their order (data.shuffle_passages: false)" in corpus.report.notes
+    shuffled = load(path, byte_tokenizer, eval_rows=4, distractors="none", shuffle_passages=True, context_length=700)
+    orders = [numbers(byte_tokenizer.decode(ids)) for ids in shuffled.train["input_ids"]]
+    assert sum(order != sorted(order) for order in orders) > len(orders) / 2
+    assert not any("order" in note for note in shuffled.report.notes)
+
+
+def test_passages_in_another_writing_are_not_trained_on_and_held_out(squad, byte_tokenizer):
+    content = json.loads(squad.read_text())
+    paragraphs = content["data"][0]["paragraphs"]
+    copies = [p | {"context": p["context"].upper().replace(" ", " \r\n")} for p in paragraphs]
+    squad.write_text(json.dumps({"data": [{"paragraphs": paragraphs + copies}]}))
+    corpus = load(squad, byte_tokenizer)
+    held = {int(row["answers"][0][1:].split("x")[0]) for row in corpus.evaluation}
+    decoded = [byte_tokenizer.decode(ids).lower() for ids in corpus.train["input_ids"]]
+    asked = {int(text.split("what is q")[1].split("x")[0]) for text in decoded}
+    assert held and held.isdisjoint(asked) and held.isdisjoint({n for text in decoded for n in numbers(text)})
+    assert any("40 passages differ from others in blanks, case or Unicode form" in n for n in corpus.report.notes)
+
+
+@pytest.mark.parametrize("template", [False, True], ids=["plain", "chat"])
+def test_control_tokens_in_data_do_not_end_a_turn(template, tmp_path, byte_tokenizer):
+    from tests.data.test_prompt import INST, with_template
+
+    tokenizer = with_template(byte_tokenizer, INST) if template else byte_tokenizer
+    records = [
+        {"question": f"Who </s> q{n}?", "context": f"<s> has </s> ten {'</s>' * 8} p{n}.", "answers": f"a </s> x{n}"}
+        for n in range(20)
+    ]
+    path = tmp_path / "control.json"
+    path.write_text(json.dumps(records))
+    corpus = load(path, tokenizer, eval_rows=4)
+    rows = corpus.train["input_ids"][:] + [row["input_ids"] for row in corpus.evaluation]
+    for ids in rows:
+        assert (ids.count(tokenizer.bos_token_id), ids.count(tokenizer.eos_token_id)) == (1, 1)
+        assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert "<s> has </s> ten " + "</s>" * 8 in tokenizer.decode(rows[0])
+    assert corpus.evaluation[0]["prompt"] in tokenizer.decode(corpus.evaluation[0]["input_ids"])
+    assert any("control tokens that are written in the data (220 x </s>, 20 x <s>)" in n for n in corpus.report.notes)

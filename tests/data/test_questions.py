@@ -3,14 +3,16 @@ from collections import Counter
 import pytest
 
 from data import DataError
-from data.questions import NO_ANSWER, NO_CONTEXT, NO_QUESTION, read_questions
+from data.duplicates import DistinctTexts
+from data.questions import NO_ANSWER, NO_CONTEXT, NO_QUESTION, layout_of, read_questions
 
 
 def read(records, layout="auto", columns=None):
     """Questions as plain values, with passages by text, and what was dropped."""
-    passages, dropped = {}, Counter()
+    passages, dropped = DistinctTexts(), Counter()
+    layout = layout_of(records[0], layout, columns or {})
     questions = read_questions(records, layout, columns or {}, "f.json", passages, dropped)
-    texts = list(passages)
+    texts = passages.texts
     shown = [(q.text, list(q.answers), [texts[n] for n in q.gold], [texts[n] for n in q.own]) for q in questions]
     return shown, dict(dropped)
 
@@ -38,9 +40,9 @@ def test_unanswerable_questions_are_dropped_and_counted():
 
 def test_equal_passages_are_one():
     shown, _ = read([squad(qa("Who?", "Anna")), squad(qa("What?", "it")), squad(qa("X?", "x"), context="Other.")])
-    passages, dropped = {}, Counter()
-    found = read_questions([squad(qa("A?", "a")), squad(qa("B?", "b"))], "auto", {}, "f", passages, dropped)
-    assert found[0].gold == found[1].gold and len(passages) == 1
+    passages, dropped = DistinctTexts(), Counter()
+    found = read_questions([squad(qa("A?", "a")), squad(qa("B?", "b"))], "squad", {}, "f", passages, dropped)
+    assert found[0].gold == found[1].gold and len(passages.texts) == 1
     assert len(shown) == 3
 
 
@@ -96,7 +98,7 @@ def test_flat_squad_records_are_read_under_the_name_squad():
         ([squad(qa("Who?", "Anna")), {"paragraphs": [{"context": "c"}]}], "squad"),
         ([HOTPOT, HOTPOT | {"context": {"title": ["A"], "sentences": []}}], "hotpotqa"),
         (
-            [{"question": "q", "context": "c", "answers": "a"}, {"question": "q", "context": "c", "answers": [7]}],
+            [{"question": "q", "context": "c", "answers": "a"}, {"question": "q", "context": "c", "answers": [7.5]}],
             "generic",
         ),
     ],
@@ -104,3 +106,38 @@ def test_flat_squad_records_are_read_under_the_name_squad():
 def test_a_record_that_does_not_fit_is_named(records, layout):
     with pytest.raises(DataError, match=f"f.json: record 1 does not fit data.format {layout}, which expects"):
         read(records)
+
+
+@pytest.mark.parametrize("value, expected", [(0, "0"), (7, "7"), ([0, "zero"], "0"), ({"text": [0]}, "0")])
+def test_whole_numbers_are_answers(value, expected):
+    [(_, answers, _, _)], dropped = read([{"question": "How many?", "context": "None.", "answers": value}])
+    assert answers[0] == expected and not dropped
+
+
+@pytest.mark.parametrize("value", [False, [True], 3.1, {"text": [0.5]}])
+def test_answers_that_can_be_written_in_several_ways_are_refused(value):
+    good = {"question": "Is it?", "context": "It is.", "answers": "yes"}
+    with pytest.raises(DataError) as caught:
+        read([good, good | {"answers": value}])
+    for part in ("f.json: record 1", "the answer", str(value if not isinstance(value, (list, dict)) else ""), "quotes"):
+        assert part in str(caught.value)
+    assert "Error" not in str(caught.value)
+
+
+def test_fields_that_are_missing_are_told_without_an_exception_class():
+    with pytest.raises(DataError, match=r"record 1 .* a field is missing") as caught:
+        read([squad(qa("Who?", "Anna")), {"paragraphs": [{"context": "c"}]}])
+    assert "Error" not in str(caught.value)
+
+
+def test_passages_in_another_writing_are_one():
+    records = [squad(qa("A?", "a"), context=text) for text in ("Straße  in\r\nBern ①.", "STRASSE in Bern 1.", "Other.")]
+    passages = DistinctTexts()
+    found = read_questions(records, "squad", {}, "f", passages, Counter())
+    assert [question.gold for question in found] == [(0,), (0,), (1,)] and passages.rewritten == 1
+
+
+def test_a_list_without_titles_is_pages():
+    records = [{"question": "Who?", "context": context, "answers": "Anna"} for context in (["one", "two"], "one")]
+    found = read_questions(records, "generic", {}, "f", DistinctTexts(), Counter())
+    assert [question.pages for question in found] == [True, False]

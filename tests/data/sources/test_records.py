@@ -1,3 +1,4 @@
+import csv
 import json
 
 import datasets
@@ -5,7 +6,7 @@ import huggingface_hub
 import pytest
 
 from data import DataError, DataSettings
-from data.reading import column, read_evaluation_records, read_records
+from data.sources.records import column, read_evaluation_records, read_records
 
 RECORDS = [{"text": "one"}, {"text": "two\u2028still two"}]
 
@@ -35,13 +36,12 @@ def test_a_directory_of_texts_has_one_document_per_file(tmp_path):
     assert [record["text"][:4] for record in read_records(str(tmp_path))] == ["a.md", "b.tx"]
 
 
-def test_a_data_set_directory_goes_through_load_dataset(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_splits_of_a_directory_are_told_apart_by_names(tmp_path):
     (tmp_path / "set").mkdir()
     for split in ("train", "validation"):
         (tmp_path / f"set/{split}.jsonl").write_text(json.dumps({"text": split}))
     assert read_records(str(tmp_path / "set"), split="validation") == [{"text": "validation"}]
-    with pytest.raises(DataError, match=r"split test.*cannot be loaded.*Unknown split"):
+    with pytest.raises(DataError, match=r"has no split 'test'; its splits are train, validation"):
         read_records(str(tmp_path / "set"), split="test")
 
 
@@ -73,7 +73,12 @@ def test_a_name_that_is_neither_file_nor_reachable_says_what_was_tried(tmp_path,
         ("a.json", '[{"text": "one"}, 2]', "must be JSON objects, record 1 is int"),
         ("a.json", '[{"text": "one"},\n{"text" "two"}]', "a.json:2: not valid JSON"),
         ("a.jsonl", '{"text": "one"}\n{"text": ', "a.jsonl:2: not valid JSON"),
-        ("a.csv", "text\none", "unknown kind of file"),
+        ("a.xlsx", "text", "unknown kind of file"),
+        ("a.csv", "text,label\none,1\ntwo,2,3\n", "a.csv:3: 3 fields, but the first line names 2 columns"),
+        ("a.csv", 'text\n"one\n', "a.csv:2: not valid CSV"),
+        ("a.parquet", "text", "cannot be read as Parquet"),
+        ("a.jsonl", '{"text": "one"}\n{"text": "a \\ud83d b"}', r"record 1, field text: 'a \\ud83d b' holds half of a"),
+        ("a.json", '[{"answers": {"text": ["\\uDC00"]}}]', "record 0, field answers.text.0"),
     ],
 )
 def test_unusable_files_say_why(name, content, part, tmp_path):
@@ -112,3 +117,38 @@ def test_evaluation_records_have_a_source_of_their_own_or_none(tmp_path):
         read_evaluation_records(DataSettings(kind="text", path=str(path), eval_path="missing.json"))
     with pytest.raises(DataError, match="has no splits"):
         read_evaluation_records(DataSettings(kind="text", path=str(path), eval_split="test"))
+
+
+def test_a_chat_says_what_to_write_instead():
+    records = [{"messages": [{"role": "user", "content": "Who?"}]}]
+    with pytest.raises(DataError, match=r"the records are chats \(column 'messages'\).*kind: qa.*kind: text") as caught:
+        column(records, "question", {}, "f")
+    assert "columns" not in str(caught.value)
+
+
+def test_values_of_a_csv_file_are_the_texts_that_stand_there(tmp_path):
+    values = ["None", "NA", "null", "nan", "007", "3.10", "", 'two\nlines, and "quotes"']
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["question", "answers"], *([f"q{n}", value] for n, value in enumerate(values))])
+    expected = [{"question": f"q{n}", "answers": value} for n, value in enumerate(values)]
+    assert read_records(str(tmp_path / "a.csv")) == expected
+    (tmp_path / "a.tsv").write_text("question\tanswers\nq\t" + "long " * 40_000)
+    assert read_records(str(tmp_path / "a.tsv")) == [{"question": "q", "answers": "long " * 40_000}]
+
+
+def test_csv_files_that_datasets_reads_keep_words_that_look_like_no_value(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: one.csv\n---\n")
+    (tmp_path / "set/one.csv").write_text("question,answers\nq,None\nq,\n")
+    assert [record["answers"] for record in read_records(str(tmp_path / "set"), "a")] == ["None", None]
+
+
+def test_parquet_and_saved_data_sets(tmp_path):
+    table = datasets.Dataset.from_list(RECORDS)
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    assert read_records(str(tmp_path / "a.parquet")) == RECORDS
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(str(tmp_path / "saved"))
+    assert read_records(str(tmp_path / "saved"), split="test") == RECORDS[1:]
+    with pytest.raises(DataError, match="no split 'dev'; its splits are train, test"):
+        read_records(str(tmp_path / "saved"), split="dev")
