@@ -119,7 +119,7 @@ def test_one_private_commit_holds_everything(published, tiny_run):
     assert hub.repos["user/tiny"]["private"] and len(hub.repos["user/tiny"]["commits"]) == 1
     assert set(hub.files("user/tiny")) == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "data_report.md"),
-        *("lrsa_config.json", "report.md", "results.json", "score_vs_keep_ratio.png"),
+        *("lrsa_config.json", "report.md", "results.json", "score_vs_keep_ratio.png", "training_losses.png"),
         *("tokenizer.json", "tokenizer_config.json"),
         *("custom_generate/generate.py", "custom_generate/settings.py"),
     }
