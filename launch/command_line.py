@@ -1,4 +1,4 @@
-"""What the scripts in `launch/` share: options, help that teaches, and one readable message for a mistake."""
+"""What the scripts in `launch/` share: options, help with every setting, and one readable message for a mistake."""
 
 from __future__ import annotations
 
@@ -14,25 +14,41 @@ PATIENCE = 20  # seconds
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose help ends with every section, and that speaks in the first process only."""
+    """The options of a script; it speaks in the first process only.
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+    Args:
+        script: its name in `launch/`.
+        doc: its docstring, which begins the help.
+        settings: makes the text of the settings that end the help; the script then takes `--set` as well.
+    """
+
+    def __init__(self, script: str, doc: str, settings: Callable[[], str] | None = None):
+        super().__init__(
+            prog=f"launch/{script}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )  # fmt: skip
+        self._settings = settings
         # The DeepSpeed launcher appends it; accelerate reads the number from the environment.
         self.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
-        self.add_argument(
-            *("--set",), action="extend", nargs="+", default=[], metavar="section.key=value",
-            help="replace settings of the file, for example --set lrsa.top_k=64 lora.r=8; values are YAML",
-        )  # fmt: skip
+        if settings is not None:
+            self.add_argument(
+                "--set", action="extend", nargs="+", default=[], metavar="section.key=value",
+                help="replace settings of the file, for example --set lrsa.top_k=64 lora.r=8; values are YAML",
+            )  # fmt: skip
 
     def format_help(self) -> str:
-        from train.settings.help import sections_help
-
-        return f"{super().format_help()}\n{sections_help()}"
+        return super().format_help() + (f"\n{self._settings()}" if self._settings else "")
 
     def error(self, message: str) -> None:
         _tell(f"{self.format_usage()}{self.prog}: error: {message}")
         sys.exit(2)
+
+
+def run_settings() -> str:
+    """Help on the settings of a run."""
+    from train.settings.help import sections_help
+
+    return sections_help()
 
 
 def explain(job: Callable[[], object]) -> int:

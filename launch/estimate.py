@@ -11,7 +11,6 @@ Device speeds and the shares of them that training reaches are assumptions (trai
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -25,16 +24,16 @@ def main() -> int:
     from train.distributed import environment
 
     environment.prepare()
-    from launch.command_line import Parser, explain
+    from launch.command_line import Parser, explain, run_settings
     from train.estimate import DEVICES
 
-    parser = Parser(prog="launch/estimate.py", description=__doc__)
+    parser = Parser("estimate.py", __doc__, run_settings)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="a YAML file, also looked up in configs/; .yaml may be left out")
     what.add_argument("--scaling-table", action="store_true", help="print the tables of docs/scaling.md as Markdown")
     parser.add_argument("--gpus", type=int, help="devices of the run; by default those of this machine, else 1")
     parser.add_argument("--device", choices=[*DEVICES, "cpu"], help="by default this machine's GPU, else h100")
-    parser.add_argument("--sp-size", type=int, help="devices that share a row, instead of parallel.sp_size")
+    parser.add_argument("--sp-size", type=int, help="GPUs per sequence-parallel group, instead of parallel.sp_size")
     parser.add_argument("--zero-stage", type=int, choices=[0, 2, 3], help="instead of the file in train.deepspeed")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there as well")
     options = parser.parse_args()
@@ -54,44 +53,26 @@ def estimate(options: argparse.Namespace) -> bool:
 
     from train.estimate import DEVICES, plan_run, shape_from_settings, this_device
     from train.estimate.report import fits, print_report, report_dict
-    from train.settings.errors import Problem, SettingsError
+    from train.settings.defaults import with_defaults
     from train.settings.load import load_settings
 
     # A file for DeepSpeed is read below; an installed DeepSpeed or a GPU is not needed.
     settings = load_settings(options.config, options.set)
     import torch
 
-    on_cpu = options.device == "cpu" or (options.device is None and bool(settings.train.get("use_cpu")))
+    on_cpu = options.device == "cpu" or (options.device is None and bool(settings.train.use_cpu))
     gpus = options.gpus or (0 if on_cpu else torch.cuda.device_count()) or 1
     if on_cpu or (options.device is None and torch.cuda.is_available()):
         device = this_device(gpus, use_cpu=on_cpu, measure=True)
     else:
         device = DEVICES[options.device or "h100"]
-    try:
-        plan = plan_run(
-            _for_device(settings, device.on_cpu),
-            shape_from_settings(settings),
-            device,
-            gpus,
-            sp_size=options.sp_size,
-            zero_stage=options.zero_stage,
-        )
-    except ValueError as error:
-        raise error if isinstance(error, SettingsError) else SettingsError([Problem("", "", str(error))]) from error
+    settings = with_defaults(settings, use_cpu=device.on_cpu)
+    shape = shape_from_settings(settings)
+    plan = plan_run(settings, shape, device, gpus, sp_size=options.sp_size, zero_stage=options.zero_stage)
     print_report(Console(), plan)
     if options.json:
         Path(options.json).write_text(json.dumps(report_dict(plan), indent=1) + "\n", encoding="utf-8")
     return fits(plan)
-
-
-def _for_device(settings, on_cpu: bool):
-    """The settings with defaults as they will be on the device of the run, which need not be this machine's."""
-    from train.settings.defaults import with_defaults
-
-    train = {"use_cpu": on_cpu} | settings.train
-    if not on_cpu:
-        train = {"bf16": not train.get("fp16")} | train
-    return with_defaults(dataclasses.replace(settings, train=train))
 
 
 if __name__ == "__main__":

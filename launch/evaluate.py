@@ -23,16 +23,16 @@ def main() -> int:
     from train.distributed import environment
 
     environment.prepare()
-    from launch.command_line import Parser, explain
+    from launch.command_line import Parser, explain, run_settings
 
-    parser = Parser(prog="launch/evaluate.py", description=__doc__)
+    parser = Parser("evaluate.py", __doc__, run_settings)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="DIR", help="directory of a finished run")
     what.add_argument("--adapter", metavar="DIR_OR_HUB_ID", help="an adapter trained with lrsa; needs --config")
     parser.add_argument("--config", help="base model and data for --adapter; also looked up in configs/")
-    parser.add_argument("--keep-ratios", type=_ratios, metavar="R,R,...", help="shares to keep, such as 1/2,0.25")
-    parser.add_argument("--rows", type=int, help="at most so many of the held-out rows")
-    parser.add_argument("--batch-size", type=int, help="rows at a time")
+    parser.add_argument("--keep-ratios", type=_ratios, metavar="R,R,...", help="keep ratios, such as 1/2,0.25")
+    parser.add_argument("--rows", type=int, help="maximum number of evaluation rows")
+    parser.add_argument("--batch-size", type=int, help="rows per batch")
     parser.add_argument("--out", metavar="DIR", help="where the report goes")
     options = parser.parse_args()
     if options.adapter and not options.config:
@@ -57,7 +57,7 @@ def evaluate(options: argparse.Namespace) -> None:
     overrides = ["train.deepspeed=null", *options.set, *overrides]
     settings = with_defaults(load_settings(options.config or config_of_run(options.run), overrides))
     tokenizer = load_tokenizer(settings.model)
-    corpus = data.load(settings.data, tokenizer, settings.train["seed"], settings.lrsa.dense_length)
+    corpus = data.load(settings.data, tokenizer, settings.train.seed, settings.lrsa.dense_length)
     adapter = options.run or options.adapter
     out = Path(options.out) if options.out else Path(adapter) if Path(adapter).is_dir() else Path("runs") / adapter
     results = evaluate_run(settings, adapter, tokenizer, corpus.evaluation, Console(), out)

@@ -10,7 +10,6 @@ curve_rows also curves.png and curves.json, made of the checkpoints that the run
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,20 +19,11 @@ def main() -> int:
     from train.distributed import environment
 
     environment.prepare()
-    from launch.command_line import explain
+    from launch.command_line import Parser, explain
 
-    parser = argparse.ArgumentParser(
-        prog="launch/experiment.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("experiment.py", __doc__, _settings)
     parser.add_argument(
-        "--config", required=True, help="a YAML file: config, output_dir, seeds, settings, arms, versus"
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="settings of all arms, added to the file's own",
+        "--config", required=True, help="a YAML file of an experiment, also looked up in configs/; see below"
     )
     parser.add_argument("--jobs", type=int, default=1, help="training runs at a time; on one GPU leave it at 1")
     options = parser.parse_args()
@@ -60,6 +50,14 @@ def main() -> int:
         print(f"table: {path}")
 
     return explain(job)
+
+
+def _settings() -> str:
+    from launch.command_line import run_settings
+    from train.experiments.arms import Experiment
+    from train.settings.help import settings_help
+
+    return f"an experiment's file, as `name (default): meaning`:\n\n{settings_help(Experiment)}\n{run_settings()}"
 
 
 if __name__ == "__main__":

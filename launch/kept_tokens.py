@@ -15,29 +15,30 @@ from pathlib import Path
 
 
 def main() -> int:
-    # As a script, launch/ comes first on the path; the package data lies one level up.
+    # As a script, launch/ comes first on the path; the packages data and train lie one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    from train.distributed import environment
+
+    environment.prepare()
+    from launch.command_line import Parser, explain
+
+    parser = Parser("kept_tokens.py", __doc__)
+    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="adapter or model")
     parser.add_argument("--text", required=True, metavar="FILE", help=".txt or .md, or .json and .jsonl with a text")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the picture and the page go")
     parser.add_argument("--start", default="", metavar="WORDS", help="begin where these words first stand in the text")
-    parser.add_argument("--tokens", type=int, default=512, help="most tokens to read")
+    parser.add_argument("--tokens", type=int, default=512, help="maximum number of tokens to read")
     for name in ("sink-size", "lag-size", "top-k"):
         parser.add_argument(f"--{name}", type=int, help="in place of the model's own lrsa_config.json")
     options = parser.parse_args()
-    try:
-        show(options)
-    except ValueError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 2
-    return 0
+    return explain(lambda: show(options))
 
 
 def show(options: argparse.Namespace) -> None:
     import lrsa
     from data.sources.records import read_records
     from lrsa.evaluation.report.kept_tokens import describe, draw_kept_tokens, kept_tokens, read_passage, write_page
+    from train.settings.errors import Problem, SettingsError
 
     given = {name: getattr(options, name) for name in ("sink_size", "lag_size", "top_k")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -45,8 +46,11 @@ def show(options: argparse.Namespace) -> None:
         record["text"] for record in read_records(options.text, setting="--text") if options.start in record["text"]
     ]
     if not texts:
-        raise ValueError(f"--start: {options.text} does not contain {options.start!r}.")
-    model, tokenizer, _ = lrsa.load(options.model, config=lrsa.LRSAConfig(**given) if given else None)
+        raise SettingsError([Problem("--start", options.start, f"is nowhere in {options.text}")])
+    try:
+        model, tokenizer, _ = lrsa.load(options.model, config=lrsa.LRSAConfig(**given) if given else None)
+    except ValueError as error:
+        raise SettingsError([Problem("--model", options.model, f"{error}")]) from error
     passage = read_passage(tokenizer, texts[0][texts[0].index(options.start) :], options.tokens)
     config = model.config.lrsa
     kept = kept_tokens(model, passage.ids)

@@ -22,11 +22,9 @@ def main() -> int:
     from train.distributed import environment
 
     environment.prepare()
-    from launch.command_line import explain
+    from launch.command_line import Parser, explain
 
-    parser = argparse.ArgumentParser(
-        prog="launch/publish.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("publish.py", __doc__)
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="directory of a finished run")
     parser.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="where to publish; made if missing")
     parser.add_argument("--base-model", metavar="ORG/NAME", help="Hub name of the base model, if the run's was local")

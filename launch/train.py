@@ -27,9 +27,9 @@ def main() -> int:
     from train.distributed import environment
 
     environment.prepare()
-    from launch.command_line import Parser, explain
+    from launch.command_line import Parser, explain, run_settings
 
-    parser = Parser(prog="launch/train.py", description=__doc__)
+    parser = Parser("train.py", __doc__, run_settings)
     parser.add_argument(
         "--config", required=True, help="a YAML file, also looked up in configs/; .yaml may be left out"
     )

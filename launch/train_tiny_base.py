@@ -3,7 +3,7 @@
 It learns, with ordinary dense attention, to find one of four codes in 256 tokens of filler words. It is never shown a
 compressed cache, so that the quickstart can show what compression costs it and what LRSA gives back.
 
-    python launch/train_tiny_base.py --output data/tiny_base
+  python launch/train_tiny_base.py --output data/tiny_base
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from data.synthetic import text as synthetic  # noqa: E402
+from launch.command_line import Parser, explain  # noqa: E402
 
 LENGTH, MAX_LENGTH, KEYS, DIGITS = 256, 1024, 4, 3
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -143,24 +144,28 @@ def digit_accuracy(model, tokenizer, rows: int, seed: int) -> float:
     return right / (rows // 50 * 50 * DIGITS)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="data/tiny_base", help="directory for model and tokenizer")
-    parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--adam-rate", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def main() -> int:
+    parser = Parser("train_tiny_base.py", __doc__)
+    parser.add_argument("--output", default="data/tiny_base", metavar="DIR", help="where model and tokenizer go")
+    parser.add_argument("--muon-rate", type=float, default=0.02, help="learning rate of the matrices (Muon)")
+    parser.add_argument("--adam-rate", type=float, default=3e-3, help="learning rate of everything else (AdamW)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and rows")
+    options = parser.parse_args()
+    return explain(lambda: make_base(options))
 
-    torch.manual_seed(args.seed)
+
+def make_base(options: argparse.Namespace) -> None:
+    """Train the model from scratch, say how well it retrieves, and save it with its tokenizer."""
+    torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
-    train(model.train(), tokenizer, args)
-    accuracy = digit_accuracy(model.eval(), tokenizer, 500, seed=args.seed + 1)
+    train(model.train(), tokenizer, options)
+    accuracy = digit_accuracy(model.eval(), tokenizer, 500, seed=options.seed + 1)
     print(f"digit accuracy with the full cache, 500 new rows of {LENGTH} tokens: {accuracy:.3f}")
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

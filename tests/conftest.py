@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -126,7 +125,7 @@ def tiny_run(tmp_path_factory, byte_tokenizer) -> Path:
         },
         "eval": {"keep_ratios": [0.5]},
     }
-    (directory / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    (directory / "tiny.yaml").write_text(json.dumps(settings))
     return run(load_settings(str(directory / "tiny.yaml")))
 
 

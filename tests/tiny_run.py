@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +53,7 @@ def make_workplace(directory: Path, tokenizer, settings: dict = SETTINGS) -> Pat
     rows = [json.dumps({"text": text}) + "\n" for text in documents]
     (directory / "text.jsonl").write_text("".join(rows[:16]))
     (directory / "held_out.jsonl").write_text("".join(rows[16:]))
-    (directory / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    (directory / "run.yaml").write_text(json.dumps(settings))
     return directory
 
 

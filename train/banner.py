@@ -103,7 +103,9 @@ def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:
     skipped += f", {sliding} of {len(windows)} layers keep their sliding window" if sliding else ""
     text = trainer.model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    computed_by = describe("auto", trainer.args.device.type, PRECISIONS[_precision(trainer)], head_dim)
+    computed_by = describe(
+        settings.model.attention, trainer.args.device.type, PRECISIONS[_precision(trainer)], head_dim
+    )
     return (
         f"LRSA, sink {lrsa.sink_size}, lag {lrsa.lag_size}, top_k {lrsa.top_k}{skipped}: keeps {lrsa.keep_ratio:.1%} "
         f"of a window; of {length} tokens the cache holds {kept:.0f} ({kept / length:.1%}); "

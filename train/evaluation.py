@@ -13,6 +13,7 @@ from lrsa import LRSAConfig
 from lrsa.evaluation import Results, Variant, compare, draw_training, print_report, save_report
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
 from lrsa.loading import refuse_pickle
+from train.failures import RunFailed
 from train.model import ADAPTER_NAME, load_model
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
@@ -42,6 +43,7 @@ def evaluate_run(
 
     Raises:
         SettingsError: when there is no adapter, or it does not fit the base model.
+        RunFailed: when a batch does not fit the memory.
     """
     if not rows:
         console.print("no evaluation: data.eval_rows is 0, or no rows were left to hold out")
@@ -57,14 +59,14 @@ def evaluate_run(
             settings.eval.keep_ratios,
             batch_size=settings.eval.batch_size,
             max_new_tokens=settings.eval.max_new_tokens,
-            seed=settings.train["seed"],
-            progress=not settings.train.get("disable_tqdm"),
+            seed=settings.train.seed,
+            progress=not settings.train.disable_tqdm,
         )
     except torch.OutOfMemoryError as error:
-        text = (
-            f"out of memory. The adapter is saved; evaluate it with launch/evaluate.py --run {adapter} --batch-size 1"
-        )
-        raise SettingsError([Problem("", "eval.batch_size", text)]) from error
+        raise RunFailed(
+            f"out of memory at eval.batch_size {settings.eval.batch_size}. The adapter is saved; evaluate it with "
+            f"launch/evaluate.py --run {adapter} --batch-size 1"
+        ) from error
     out = Path(adapter) if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     save_training_losses(Path(adapter), out)
@@ -83,7 +85,7 @@ def save_training_losses(run: Path, out: Path) -> None:
 def load_variants(settings: RunSettings, adapter: str | Path) -> tuple[LRSAConfig, dict[str, Variant]]:
     """The adapter's compression, and base, control and adapter as variants of one model: weights are loaded once."""
     control = Path(adapter) / "control"
-    on_gpu = torch.cuda.is_available() and not settings.train["use_cpu"]
+    on_gpu = torch.cuda.is_available() and not settings.train.use_cpu
     base = load_model(settings.model).to("cuda" if on_gpu else "cpu")
     try:
         refuse_pickle(Path(adapter))

@@ -1,4 +1,4 @@
-"""How a run ends before its end: stopped from outside, or by something that no change of a setting alone would mend."""
+"""How a command ends before its end for another reason than a mistake in its settings, data or files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RunStopped(Exception):
 
 
 class RunFailed(Exception):
-    """Training cannot go on: a full disk, a loss that is not finite, a process that is gone."""
+    """A command cannot go on: no memory or disk left, a busy port, a lost process or connection, a loss not finite."""
 
     status = FAILED
 

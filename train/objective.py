@@ -89,8 +89,6 @@ class Objective:
     def total(self, cross_entropy: torch.Tensor) -> torch.Tensor:
         """The whole loss, whose backward also drives the supervision; `cross_entropy` is the trainer's."""
         loss = self.settings.cross_entropy * cross_entropy
-        count = self.trained.sum().clamp(min=1)
-        self.cross_entropy = cross_entropy.detach() * (1.0 if self.tokens is None else self.tokens / count)
         self.distillation = None
         if self.settings.distillation:
             states = self._student_states[0][self.trained]
@@ -102,12 +100,9 @@ class Objective:
             self.supervision.scale_with(loss)
         return loss
 
-    def parts(self, config: LRSAConfig) -> dict[str, float]:
-        """What the loss was made of, in nats per token, for the log; cross-entropy by the step's compression, `config`:
-        one curve for all keep ratios would jump between them."""
-        parts = {f"loss_keep_{config.keep_ratio:g}": self.cross_entropy.item()}
-        if self.distillation is not None:
-            parts["distillation"] = self.distillation.item()
+    def parts(self) -> dict[str, float]:
+        """What the loss was made of, in nats per token, for the log."""
+        parts = {} if self.distillation is None else {"distillation": self.distillation.item()}
         if self.supervision and self.supervision.losses:
             parts["selection"] = torch.stack(list(self.supervision.losses.values())).mean().item()
         return parts
@@ -157,8 +152,7 @@ def config_of_step(settings: ObjectiveSettings, lrsa: LRSAConfig, step: int, ste
     configs = [lrsa if ratio == lrsa.keep_ratio else lrsa.with_keep_ratio(ratio) for ratio in settings.keep_ratios]
     if settings.schedule == "shrink":
         return configs[min(step * len(configs) // max(steps, 1), len(configs) - 1)]
-    block, place = divmod(step, len(configs))
-    return random.Random(f"{seed} {block}").sample(configs, len(configs))[place]  # each once before any comes again
+    return random.Random(f"{seed} {step}").choice(configs)
 
 
 def objective_problems(settings: ObjectiveSettings, lrsa: LRSAConfig, model) -> list[Problem]:

@@ -56,8 +56,8 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
         RunStopped, RunFailed: as `ResumableTrainer.train`.
     """
     settings = with_defaults(settings)
-    directory = Path(settings.train["output_dir"])
-    resume = not overwrite and (resume or settings.train.get("resume_from_checkpoint") == "auto")
+    directory = Path(settings.train.output_dir)
+    resume = not overwrite and (resume or settings.train.resume_from_checkpoint == "auto")
     check_run_directory(settings, resume, overwrite)
     environment.start(settings.train)
     check_sequence_parallel(settings)
@@ -72,7 +72,7 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
         _lock = lock_run_directory(directory)  # held until this function ends
         if overwrite:
             clear_run_directory(directory)
-        replace_text(directory / CONFIG_NAME, settings.to_yaml())
+        replace_text(directory / CONFIG_NAME, settings.to_yaml(directory))
         corpus.report.save(directory)
         corpus.report.print(console)
 
@@ -96,7 +96,7 @@ def sft_config(settings: RunSettings, output_dir: Path) -> SFTConfig:
     Raises:
         SettingsError: with what TRL or transformers object to.
     """
-    values = settings.train | {"output_dir": str(output_dir), "completion_only_loss": True}
+    values = settings.train.given() | {"output_dir": str(output_dir), "completion_only_loss": True}
     if settings.parallel.sp_size > 1:
         values = {"pad_to_multiple_of": settings.parallel.sp_size} | values
         values["parallelism_config"] = parallelism_config(settings.parallel.sp_size)
@@ -120,7 +120,7 @@ def train_adapter(
         console.print(f"{args.output_dir} holds a finished adapter: it is not trained again", soft_wrap=True)
         return
     if environment.rank() == 0:
-        discard_results(Path(settings.train["output_dir"]))
+        discard_results(Path(settings.train.output_dir))
     trainer = _trainer(settings, args, corpus, tokenizer, lrsa)
     lost = _tokens(corpus.train) - _tokens(trainer.train_dataset)
     assert lost == 0, f"TRL dropped {lost} tokens of rows that were ready"
@@ -150,7 +150,7 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
     if lrsa is not None and (problems := objective_problems(settings.objective, lrsa, model)):
         raise SettingsError(problems)
     try:
-        model = remove_lrsa(model) if lrsa is None else apply_lrsa(model, lrsa)
+        model = remove_lrsa(model) if lrsa is None else apply_lrsa(model, lrsa, settings.model.attention)
     except ValueError as error:
         raise SettingsError([Problem("", "lrsa", str(error))]) from error
     shared = settings.parallel.sp_size > 1

@@ -51,7 +51,7 @@ class LRSATrainer(ResumableTrainer):
         with objective.watching():
             loss = super().compute_loss(model, objective.model_inputs(), False, num_items_in_batch)
         loss = objective.total(loss)
-        for name, value in objective.parts(config).items():
+        for name, value in objective.parts().items():
             self._metrics["train"][name].append(value)
         return loss
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from launch.command_line import explain
 from lrsa import LRSAConfig
+from lrsa.attention import api
 from tests.tiny_run import ROOT, launch, log_of, make_workplace
 from train.model import AdapterError, verify_adapter
 from train.settings.load import load_settings
@@ -85,7 +87,7 @@ def test_the_adapter_is_trained_and_knows_its_compression(finished):
 def test_the_stored_settings_say_everything(finished, monkeypatch):
     directory, _ = finished
     stored = load_settings(str(directory / "config.yaml"))
-    assert stored.model.dtype == "float32" and stored.train["bf16"] is False and stored.train["max_length"] == 96
+    assert stored.model.dtype == "float32" and stored.train.bf16 is False and stored.train.max_length == 96
     assert stored.lrsa == LRSAConfig(**LRSA)
 
 
@@ -96,6 +98,23 @@ def test_the_banner_says_what_is_trained(finished):
     assert "16 rows, " in output and "long enough to be compressed" in output
     assert "dense causal" in output, "the control has its own banner"
     assert "computed by native (compiled for this CPU)" in " ".join(output.replace("│", " ").split())
+
+
+def test_the_implementation_that_is_set_computes_the_attention(workplace, finished, monkeypatch, capsys):
+    calls = dict.fromkeys(api.IMPLEMENTATIONS, 0)
+
+    def counted(name, attend, *args, **kwargs):
+        calls[name] += 1
+        return attend(*args, **kwargs)
+
+    counting = {name: partial(counted, name, attend) for name, attend in api.IMPLEMENTATIONS.items()}
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", counting)
+    overrides = ["model.attention=reference", "train.output_dir=runs/reference", "eval.enabled=false"]
+    assert run_here(workplace, *overrides, "eval.control=false") == 0
+    assert calls["reference"] > 0 and sum(calls.values()) == calls["reference"]
+    assert "computed by reference (a dense mask)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    losses = [[line["loss"] for line in log_of(path)] for path in (finished[0], workplace / "runs" / "reference")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_the_logged_kept_fraction_is_that_of_the_rows_lengths(finished, byte_tokenizer):
@@ -151,7 +170,7 @@ def test_a_second_run_is_refused_and_a_stopped_one_is_resumed(workplace, finishe
     (stopped / "adapter_model.safetensors").unlink()
     shutil.rmtree(stopped / "checkpoint-4")
     options = ["train.output_dir=runs/stopped", "eval.enabled=false", "eval.control=false"]
-    assert run_here(workplace, *options, "lrsa.top_k=3", resume=True) == 2
+    assert run_here(workplace, *options, "lrsa.top_k=3", "objective.keep_ratios=[0.375]", resume=True) == 2
     assert "lrsa.top_k: was 2 when this run began, is 3" in capsys.readouterr().err
     assert run_here(workplace, *options, resume=True) == 0
     whole, resumed = log_of(finished[0]), log_of(stopped)
@@ -175,13 +194,13 @@ def test_overwrite_starts_again_and_leaves_other_files_alone(workplace, finished
 def test_rows_of_a_step_cannot_change_on_the_way(workplace, finished, capsys):
     changed = ["train.per_device_train_batch_size=2"]
     assert run_here(workplace, *changed, resume=True) == 2
-    message = "a process read 4 rows a step when this run began, and would read 2"
+    message = "Per-process batch size changed from 4 to 2 rows per step"
     assert f"train.per_device_train_batch_size: {message}" in capsys.readouterr().err
     assert (
         run_here(workplace, *changed, "train.gradient_accumulation_steps=2", "train.warmup_steps=1", resume=True) == 2
     )
     message = capsys.readouterr().err
-    assert "train.warmup_steps: was None when this run began, is 1" in message and "rows a step" not in message
+    assert "train.warmup_steps: was 0 when this run began, is 1" in message and "batch size" not in message
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

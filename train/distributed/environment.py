@@ -6,8 +6,13 @@ import importlib.util
 import os
 import socket
 import warnings
+from typing import TYPE_CHECKING
 
+from train.failures import RunFailed
 from train.settings.errors import Problem, SettingsError
+
+if TYPE_CHECKING:  # importing it takes seconds, and torch with it
+    from train.settings.schema import TrainSettings
 
 
 def prepare() -> None:
@@ -29,20 +34,21 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(train: dict) -> None:
+def start(train: TrainSettings) -> None:
     """Bring up what DeepSpeed and accelerate need, before the first `SFTConfig` is made.
 
     Raises:
         SettingsError: when `train.deepspeed` is set and DeepSpeed is not installed, or one process sees several GPUs.
+        RunFailed: when the processes cannot connect.
     """
     _share_cores()
     if rank() > 0:
         _hide_progress_bars()
-    if train.get("use_cpu"):
+    if train.use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if train.get("deepspeed"):
-        _start_deepspeed(on_cpu=bool(train.get("use_cpu")))
-    elif not train.get("use_cpu") and "LOCAL_RANK" not in os.environ:
+    if train.deepspeed:
+        _start_deepspeed(on_cpu=train.use_cpu)
+    elif not train.use_cpu and "LOCAL_RANK" not in os.environ:
         _refuse_data_parallel()
 
 
@@ -95,11 +101,10 @@ def _start_deepspeed(on_cpu: bool) -> None:
         try:
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
         except torch.distributed.DistNetworkError as error:
-            text = (
-                f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, where another "
-                f"run may be at work: choose another port, deepspeed --master_port 29501 ... ({error})"
-            )
-            raise SettingsError([Problem("", "", text)]) from error
+            raise RunFailed(
+                f"Cannot initialise the process group at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (port "
+                f"in use?): choose another port, deepspeed --master_port 29501 ... ({error})"
+            ) from error
 
 
 def _refuse_data_parallel() -> None:

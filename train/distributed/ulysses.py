@@ -23,7 +23,7 @@ from trl import SFTConfig
 from train.distributed import environment
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
-from train.settings.schema import NOT_PARALLEL
+from train.settings.schema import ParallelSettings, TrainSettings
 from train.trainer import LRSATrainer
 
 IGNORED = -100  # the label of a token that is not trained
@@ -36,9 +36,9 @@ def check_sequence_parallel(settings: RunSettings) -> None:
         SettingsError: with every such setting.
     """
     size, train, processes = settings.parallel.sp_size, settings.train, environment.world_size()
-    asked = {name: f"PARALLELISM_CONFIG_{name.upper()}" for name in NOT_PARALLEL}
+    asked = {name: f"PARALLELISM_CONFIG_{name.upper()}" for name in ParallelSettings.not_here}
     problems = [
-        (variable, f"cannot be set in the environment: {NOT_PARALLEL[name]}")
+        (variable, f"cannot be set in the environment: {ParallelSettings.not_here[name]}")
         for name, variable in asked.items()
         if os.environ.get(variable, "1") != "1"
     ]
@@ -47,23 +47,23 @@ def check_sequence_parallel(settings: RunSettings) -> None:
         raise SettingsError(Problem("", name, text) for name, text in problems)
 
 
-def _problems(size: int, processes: int, train: dict, control: bool) -> list[tuple[str, str]]:
+def _problems(size: int, processes: int, train: TrainSettings, control: bool) -> list[tuple[str, str]]:
     problems = []
-    if not train.get("deepspeed"):
+    if not train.deepspeed:
         problems.append(("train.deepspeed", f"must be set for parallel.sp_size {size}: Ulysses is part of DeepSpeed"))
     if processes % size:
         text = f"must divide the number of processes ({processes}), got {size}: start with deepspeed --num_gpus {size}"
         problems.append(("parallel.sp_size", text))
-    multiple = train.get("pad_to_multiple_of")
-    if multiple is not None and multiple % size:
+    multiple = train.pad_to_multiple_of
+    if isinstance(multiple, int) and multiple % size:
         text = f"must be a multiple of parallel.sp_size ({size}), got {multiple}: leave it out"
         problems.append(("train.pad_to_multiple_of", text))
-    if train["packing"] and train.get("per_device_train_batch_size", 8) != 1:
+    if train.packing and train.per_device_train_batch_size != 1:
         text = (
             f"must be 1 with train.packing and parallel.sp_size {size}: lengthen the packed row with train.max_length"
         )
         problems.append(("train.per_device_train_batch_size", text))
-    if train["packing"] and control:
+    if train.packing and control:
         text = f"cannot be trained with train.packing and parallel.sp_size {size}: documents would see each other"
         problems.append(("eval.control", f"{text} in dense attention; set it to false"))
     return problems

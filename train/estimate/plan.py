@@ -206,29 +206,29 @@ def plan_run(
         zero_stage: instead of the one in the file that `train.deepspeed` names.
 
     Raises:
-        ValueError: when `gpus` and `sp_size` do not go together, or with the model's heads.
+        SettingsError: when `gpus` and `sp_size` do not go together, or with the model's heads.
     """
-    sp_size = sp_size or getattr(getattr(settings, "parallel", None), "sp_size", 1)
+    sp_size = sp_size or settings.parallel.sp_size
     _check_division(shape, gpus, sp_size, bool(settings.objective.selection))
-    train, zero = settings.train, _zero_optimization(settings.train.get("deepspeed"))
+    train, zero = settings.train, _zero_optimization(settings.train.deepspeed)
     stage = zero.get("stage", 0) if zero_stage is None else zero_stage
     size = BYTES[settings.model.dtype]
-    half = bool(train.get("bf16") or train.get("fp16"))
+    half = bool(train.bf16 or train.fp16)
     live = zero.get("stage3_max_live_parameters", 10**9)
     plan = Plan(
         shape=shape,
         device=device,
         lrsa=settings.lrsa,
         length=settings.data.context_length,
-        batch=train.get("per_device_train_batch_size", 8),
-        accumulation=train.get("gradient_accumulation_steps", 1),
+        batch=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
         gpus=gpus,
         sp_size=sp_size,
         bytes=size,
-        autocast=half and stage == 0 and not train.get("deepspeed"),
+        autocast=half and stage == 0 and not train.deepspeed,
         dropout=settings.lora.lora_dropout > 0,
-        checkpointing=bool(train.get("activation_checkpointing", train.get("gradient_checkpointing"))),
-        offloading=bool(train.get("activation_offloading")),
+        checkpointing=train.checkpointing,
+        offloading=train.activation_offloading,
         zero_stage=stage,
         offload_optimizer=_offloaded(zero, "offload_optimizer"),
         offload_weights=stage == 3 and _offloaded(zero, "offload_param"),
@@ -244,10 +244,11 @@ def _check_division(shape: ModelShape, gpus: int, sp_size: int, selection: bool)
     sizes = sizes_of_sequence_groups(shape, gpus, selection)
     if sp_size not in sizes:
         multiple = "objective.selection allows no more" if selection else "or be a multiple of the KV heads"
-        raise ValueError(
-            f"sp_size must divide {gpus} devices, {shape.heads} query heads and {shape.kv_heads} KV heads "
-            f"({multiple}), got {sp_size}: choose one of {', '.join(map(str, sizes))}."
+        text = (
+            f"must divide {gpus} devices, {shape.heads} query heads and {shape.kv_heads} KV heads ({multiple}), "
+            f"got {sp_size}: choose one of {', '.join(map(str, sizes))}"
         )
+        raise SettingsError([Problem("", "parallel.sp_size", text)])
 
 
 def sizes_of_sequence_groups(shape: ModelShape, gpus: int, selection: bool) -> list[int]:
@@ -269,7 +270,7 @@ def _offloaded(zero: dict, name: str) -> bool:
 
 def _steps(settings: RunSettings, rows_per_step: int) -> int | None:
     train, data = settings.train, settings.data
-    if train.get("max_steps", -1) > 0:
-        return train["max_steps"]
+    if train.max_steps > 0:
+        return train.max_steps
     rows = data.synthetic.rows if data.kind == "synthetic" else data.max_rows
-    return rows and math.ceil(rows / rows_per_step * train.get("num_train_epochs", 3.0))
+    return rows and math.ceil(rows / rows_per_step * train.num_train_epochs)

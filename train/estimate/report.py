@@ -13,7 +13,7 @@ from train.estimate.advice import helpful_changes
 from train.estimate.duration import Duration, pairs, predict_duration
 from train.estimate.memory import Memory, predict_memory
 from train.estimate.plan import Plan
-from train.settings.errors import Problem, SettingsError
+from train.failures import RunFailed
 
 PARTS = {
     "weights": "frozen weights",
@@ -84,7 +84,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def out_of_memory(plan: Plan | str, error: RuntimeError) -> SettingsError:
+def out_of_memory(plan: Plan | str, error: RuntimeError) -> RunFailed:
     """The error to raise instead.
 
     Args:
@@ -103,7 +103,7 @@ def out_of_memory(plan: Plan | str, error: RuntimeError) -> SettingsError:
         changes = helpful_changes(plan)
         lines.append(f"memory: {memory_line(plan)}")
     lines.append("what helps most, with the memory per device that it is predicted to need:")
-    return SettingsError([Problem("", "", "\n".join(lines + [f"  --set {change}" for change in changes]))])
+    return RunFailed("\n".join(lines + [f"  --set {change}" for change in changes]))
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm.auto import tqdm
 
 from lrsa.evaluation.measure.controls import CONTROLS
+from train.failures import RunFailed
 from train.model import ADAPTER_NAME
-from train.settings import yaml_lines
-from train.settings.errors import Problem, SettingsError
+from train.settings.errors import SettingsError, field_problems
 from train.settings.load import RunSettings, load_settings
-from train.settings.wording import in_words
+from train.settings.sources import read_source
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 
@@ -58,32 +58,28 @@ def load_experiment(path: str, more: list[str] | None = None) -> Experiment:
     Raises:
         SettingsError: listing every problem.
     """
+    source = read_source(path, [])
     try:
-        text = yaml_lines.parse(Path(path).read_text(encoding="utf-8"))
-        if text.problems:
-            raise SettingsError(Problem(f"{path}:{n}", ".".join(map(str, at)), why) for n, at, why in text.problems)
-        experiment = Experiment.model_validate(text.values, strict=True)
-        experiment = experiment.model_copy(update={"settings": [*experiment.settings, *(more or [])]})
-    except OSError as error:
-        raise SettingsError([Problem("--config", path, f"cannot be read: {error.strerror}")]) from error
+        experiment = Experiment.model_validate(source.values, strict=True)
     except ValidationError as error:
-        found = [Problem(path, ".".join(map(str, e["loc"])), in_words(e, Experiment)) for e in error.errors()]
-        raise SettingsError(found) from error
-    problems = []
+        wrong = field_problems(error, Experiment, source.values)
+        raise SettingsError(source.problems + [source.problem(*item) for item in wrong.items()]) from error
+    experiment = experiment.model_copy(update={"settings": [*experiment.settings, *(more or [])]})
+    problems = list(source.problems)
     if experiment.versus not in experiment.arms:
         names = ", ".join(experiment.arms)
-        problems.append(Problem(path, "versus", f"must be one of the arms {names}, got {experiment.versus!r}"))
+        problems.append(source.problem(("versus",), f"must be one of the arms {names}, got {experiment.versus!r}"))
     for name in experiment.controls:
         if name not in CONTROLS:
-            problems.append(Problem(path, "controls", f"must be of {', '.join(CONTROLS)}, got {name!r}"))
+            problems.append(source.problem(("controls",), f"must be of {', '.join(CONTROLS)}, got {name!r}"))
     for arm in experiment.arms:
         if "/" in arm:
-            problems.append(Problem(path, "arms", f"names folders, so it must have no slash, got {arm!r}"))
+            problems.append(source.problem(("arms", arm), f"names folders, so it must have no slash, got {arm!r}"))
     for arm in experiment.arms:  # a mistake shall be told before the first arm is trained
         try:
             settings_of(experiment, arm, experiment.seeds[0])
         except SettingsError as error:
-            problems += [Problem(path, f"arm {arm}", str(error))]
+            problems += [source.problem(("arms", arm), f"{problem}") for problem in error.problems]
     if problems:
         raise SettingsError(problems)
     return experiment
@@ -108,12 +104,12 @@ def train_arms(experiment: Experiment, jobs: int) -> None:
     """Train what has no adapter yet, `jobs` runs at a time.
 
     Raises:
-        SettingsError: when a run fails, with the end of what it printed; the others are finished first.
+        RunFailed: when a run fails, with the end of what it printed; the others are finished first.
     """
     runs = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
     open_runs = [run for run in runs if not (run_directory(experiment, *run) / ADAPTER_NAME).is_file()]
     threads = str(max((os.cpu_count() or 1) // jobs, 1))
-    problems = []
+    failed = []
 
     def train(run: tuple[str, int]) -> None:
         directory = run_directory(experiment, *run)
@@ -126,13 +122,13 @@ def train_arms(experiment: Experiment, jobs: int) -> None:
             )  # fmt: skip
         if done.returncode:
             tail = (directory / "output.txt").read_text(encoding="utf-8").splitlines()[-8:]
-            problems.append(Problem(str(directory), "failed", "\n".join(tail)))
+            failed.append(f"{directory} failed:\n" + "\n".join(tail))
 
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), initial=len(runs) - len(open_runs), unit="run") as bar:
         for _ in pool.map(train, open_runs):
             bar.update()
-    if problems:
-        raise SettingsError(problems)
+    if failed:
+        raise RunFailed("\n".join(failed))
 
 
 def training_seconds(directory: Path) -> float | None:

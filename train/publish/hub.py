@@ -8,6 +8,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from train.failures import RunFailed
 from train.publish.model_card import CARD_NAME
 from train.publish.prepare import Publication, read_run, write_folder
 from train.settings.errors import Problem, SettingsError
@@ -64,7 +65,7 @@ def send(publication: Publication, folder: Path, public: bool, message: str | No
         the address of the commit.
 
     Raises:
-        SettingsError: when the transfer broke off, or the repository does not hold every file afterwards.
+        RunFailed: when the transfer broke off, or the repository does not hold every file afterwards.
     """
     repo_id = publication.repo_id
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -75,14 +76,13 @@ def send(publication: Publication, folder: Path, public: bool, message: str | No
         commit = api.create_commit(repo_id, additions, commit_message=message or f"Publish {publication.run.name}")
         missing = files.keys() - set(api.list_repo_files(repo_id, revision=commit.oid))
     except Exception as error:  # HTTP status, network, or what the client wraps them in
-        text = (
-            f"was not published: {_reason(error)}. One commit carries all files, so the repository has all of them or "
-            "none; the same command again completes it"
-        )
-        raise SettingsError([Problem("", repo_id, text)]) from error
+        raise RunFailed(
+            f"{repo_id}: was not published: {_reason(error)}. One commit carries all files, so the repository has all "
+            "of them or none; the same command again completes it"
+        ) from error
     if missing:
-        text = f"lacks {', '.join(sorted(missing))} after commit {commit.oid}: does a .gitignore in it name them?"
-        raise SettingsError([Problem("", repo_id, text)])
+        lost = ", ".join(sorted(missing))
+        raise RunFailed(f"{repo_id}: lacks {lost} after commit {commit.oid}: does a .gitignore in it name them?")
     return commit.commit_url
 
 

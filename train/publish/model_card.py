@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from trl import SFTConfig
 
 import lrsa
 from lrsa.evaluation import Results
@@ -189,20 +187,20 @@ def _evaluation(results: Results | None) -> str:
 
 
 def _training(settings: RunSettings) -> str:
-    """The settings that a reader asks for first, with TRL's defaults where the run left them."""
-    train, data = {field.name: field.default for field in fields(SFTConfig)} | settings.train, settings.data
+    """The settings that a reader asks for first."""
+    train, data = settings.train, settings.data
     objective = settings.objective.model_dump()
     rows = {
         "data": f"{_data_name(settings, data.path)}, {data.kind}, rows of up to {data.context_length} tokens",
         "LRSA": ", ".join(f"{name} {value}" for name, value in settings.lrsa.items()),
         "LoRA": ", ".join(f"{name} {value}" for name, value in settings.lora.model_dump().items()),
         "objective": ", ".join(f"{name} {value}" for name, value in objective.items() if value is not None),
-        "length": f"{train['max_steps']} steps" if train["max_steps"] > 0 else f"{train['num_train_epochs']:g} epochs",
-        "batch": f"{train['per_device_train_batch_size']} rows per device x "
-        f"{train['gradient_accumulation_steps']} accumulated",
-        "learning rate": f"{train['learning_rate']:g}",
+        "length": f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs",
+        "batch": f"{train.per_device_train_batch_size} rows per device x "
+        f"{train.gradient_accumulation_steps} accumulated",
+        "learning rate": f"{train.learning_rate:g}",
         "base weights": settings.model.dtype,
-        "seed": train["seed"],
+        "seed": train.seed,
         "lrsa": lrsa.__version__,
     }
     table = "\n".join(["| setting | value |", "| --- | --- |", *(f"| {name} | {rows[name]} |" for name in rows)])

@@ -7,8 +7,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from lrsa import LRSAConfig
 from lrsa.evaluation import Results
 from train.model import ADAPTER_NAME, AdapterError, verify_adapter
@@ -17,6 +15,7 @@ from train.publish.redaction import Redaction, remaining_paths
 from train.resume.run_directory import CONFIG_NAME, PUBLISHED_NAME, config_of_run
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings, load_settings
+from train.settings.sources import parse
 
 # Of a run's directory, beside config.yaml and the card; the tokenizer under all the names that transformers gives it.
 FILES = (
@@ -83,8 +82,8 @@ def write_folder(publication: Publication, license: str | None = None) -> Path:
     run, folder = publication.run, publication.run / PUBLISHED_NAME
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "custom_generate").mkdir(parents=True)
-    values = yaml.safe_load((run / CONFIG_NAME).read_text(encoding="utf-8"))
-    redaction = Redaction(values, publication.base_model)
+    values = parse((run / CONFIG_NAME).read_text(encoding="utf-8")).values
+    redaction = Redaction(values, publication.base_model, run)
     texts = {CONFIG_NAME: redaction.config()}
     for path in [path for pattern in FILES for path in sorted(run.glob(pattern)) if path.is_file()]:
         if path.suffix in BINARY:

@@ -8,16 +8,14 @@ the repository, the run or the home directory is not published.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-import yaml
-
 from train.settings.errors import Problem
-from train.settings.sources import REPOSITORY
+from train.settings.paths import PATHS
+from train.settings.sources import REPOSITORY, to_yaml
 
-# Free text such as a prompt template may begin with a slash, so only these settings count as paths, and all of train.
-PATHS = {"model": ("name_or_path", "chat_template"), "data": ("path", "eval_path")}
 SECRETS = ("token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key", "password")
 
 
@@ -27,20 +25,22 @@ class Redaction:
     Args:
         settings: the sections of the run's config.yaml, as plain values.
         base_model: the Hub id that is published for the base model.
+        run: the run's directory, from which relative paths in its config.yaml are seen.
 
     Attributes:
         settings: the sections as they are published.
         replaced: local path -> what stands in its place.
     """
 
-    def __init__(self, settings: dict, base_model: str):
-        self.replaced = {}
+    def __init__(self, settings: dict, base_model: str, run: Path):
+        self.run, self.replaced = run, {}
         self.settings = {section: self._section(section, values) for section, values in settings.items()}
         base = settings["model"]["name_or_path"]
-        self.replaced |= {base: base_model} if _is_local(base) else {}
+        self.replaced |= {self._absolute(base): base_model} if _is_local(base) else {}
         self.settings["model"]["name_or_path"] = base_model
 
     def _section(self, section: str, values: dict) -> dict:
+        # Free text such as a prompt template may begin with a slash, so only these settings count, and all of train.
         names = [name for name in values if section == "train" or name in PATHS.get(section, ())]
         kept = {name: value for name, value in values.items() if name not in SECRETS}
         return kept | {name: self._public(values[name]) for name in names if name in kept}
@@ -53,11 +53,14 @@ class Redaction:
             return [self._public(inner) for inner in value]
         if not _is_local(value):
             return value
-        return self.replaced.setdefault(value, _public(value))
+        return self.replaced.setdefault(self._absolute(value), _public(self._absolute(value)))
+
+    def _absolute(self, path: str) -> str:
+        return os.path.abspath(self.run / Path(path).expanduser())
 
     def config(self) -> str:
         """The published config.yaml."""
-        return yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True, width=120)
+        return to_yaml(self.settings)
 
     def text(self, text: str) -> str:
         """A published text, local paths replaced, longer ones first."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from pathlib import Path
-from typing import TextIO
 
-import yaml
+from filelock import FileLock, Timeout
 
 from train.model import ADAPTER_NAME
 from train.resume.checkpoints import STATE, checkpoints
 from train.settings.errors import Problem, SettingsError
-from train.settings.load import RunSettings
+from train.settings.load import RunSettings, load_settings
+from train.settings.paths import PATHS
+from train.settings.schema import SECTIONS, TrainSettings
 from train.settings.sources import shown
 
 CONFIG_NAME = "config.yaml"
@@ -39,7 +39,7 @@ def check_run_directory(settings: RunSettings, resume: bool, overwrite: bool) ->
             a run with other settings, apart from eval and those of train that may change on the way, or when files of
             no run would be written over.
     """
-    directory = Path(settings.train["output_dir"])
+    directory = Path(settings.train.output_dir)
     foreign = [] if (directory / CONFIG_NAME).is_file() else [name for name in WRITTEN if (directory / name).exists()]
     if foreign:
         text = (
@@ -78,17 +78,17 @@ def discard_results(directory: Path) -> None:
     shutil.rmtree(directory / PUBLISHED_NAME, ignore_errors=True)
 
 
-def lock_run_directory(directory: Path) -> TextIO:
-    """Keep other runs out of a directory for as long as the result is open; a process that is killed lets go of it.
+def lock_run_directory(directory: Path) -> FileLock:
+    """Keep other runs out of a directory for as long as the result lives; a process that is killed lets go of it.
 
     Raises:
-        SettingsError: when another run is at work there, such as one that its killed launcher left behind.
+        SettingsError: when another run uses it, such as one that its killed launcher left behind.
     """
-    lock = open(directory / ".lock", "w")  # noqa: SIM115 (the caller keeps it open)
+    lock = FileLock(directory / ".lock")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        text = f"another run is at work in {shown(directory)}: wait for it, end it, or choose another directory"
+        lock.acquire(timeout=0)
+    except Timeout:
+        text = f"another run uses {shown(directory)}: wait for it, end it, or choose another directory"
         raise SettingsError([Problem("", "train.output_dir", text)]) from None
     return lock
 
@@ -108,19 +108,18 @@ def config_of_run(directory: str) -> str:
 
 def _refuse_other_settings(settings: RunSettings, directory: Path) -> None:
     path = directory / CONFIG_NAME
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(settings.to_yaml())
+    before = load_settings(str(path), ["train.deepspeed=null"])  # that file may change or be gone
     problems = []
-    for section in (name for name in now if name != "eval"):
-        was, is_now = before.get(section, {}), now[section]
-        for name in IN_CHECKPOINTS if section == "train" else was.keys() | is_now.keys():
-            if was.get(name) != is_now.get(name):
-                values = f"was {was.get(name)!r} when this run began, is {is_now.get(name)!r}"
-                text = f"{values}: --resume continues with the same settings only"
-                problems.append(Problem(shown(path), f"{section}.{name}", text))
-    rows, rows_now = (_rows_per_process(values["train"]) for values in (before, now))
+    for section in (name for name in SECTIONS if name not in ("train", "eval")):
+        was, now = before.to_dict()[section], settings.to_dict()[section]
+        problems += [_changed(path, section, name, was[name], now[name]) for name in now if was[name] != now[name]]
+    for name in IN_CHECKPOINTS:
+        was, now = getattr(before.train, name, None), getattr(settings.train, name, None)
+        problems += [_changed(path, "train", name, was, now)] if was != now else []
+    rows, rows_now = (_rows_per_process(train) for train in (before.train, settings.train))
     if rows != rows_now:
         text = (
-            f"a process read {rows} rows a step when this run began, and would read {rows_now}: with --resume, "
+            f"Per-process batch size changed from {rows} to {rows_now} rows per step: with --resume, "
             "per_device_train_batch_size times gradient_accumulation_steps has to stay what it was"
         )
         problems.append(Problem(shown(path), "train.per_device_train_batch_size", text))
@@ -128,6 +127,13 @@ def _refuse_other_settings(settings: RunSettings, directory: Path) -> None:
         raise SettingsError(problems)
 
 
-def _rows_per_process(train: dict) -> int:
-    """Rows that a process reads for one step of the optimizer; what is not set has transformers' default."""
-    return train.get("per_device_train_batch_size", 8) * train.get("gradient_accumulation_steps", 1)
+def _changed(path: Path, section: str, name: str, was: object, now: object) -> Problem:
+    way = "--resume continues with the same settings only"
+    if name in PATHS.get(section, ()):
+        way += f"; if that is the same in another place, write it into {shown(path)} as well"
+    return Problem(shown(path), f"{section}.{name}", f"was {was!r} when this run began, is {now!r}: {way}")
+
+
+def _rows_per_process(train: TrainSettings) -> int:
+    """Rows that a process reads for one step of the optimizer."""
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps

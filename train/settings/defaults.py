@@ -5,48 +5,50 @@ from __future__ import annotations
 import dataclasses
 
 from train.settings.load import RunSettings
-from train.settings.schema import ObjectiveSettings
+from train.settings.schema import ObjectiveSettings, TrainSettings
+
+# TRL's own defaults that a stored run names nevertheless.
+STORED = ("packing", "report_to", "logging_steps", "seed")
 
 
-def with_defaults(settings: RunSettings) -> RunSettings:
-    """The settings with an output directory, precision, device and logging decided."""
+def with_defaults(settings: RunSettings, *, use_cpu: bool | None = None) -> RunSettings:
+    """The settings with an output directory, precision, device and logging decided.
+
+    Args:
+        use_cpu: whether the run will train on a CPU, for one that is planned for another machine; otherwise a GPU is
+            used where there is one.
+    """
     import torch
 
-    train = dict(settings.train)
-    train.setdefault("output_dir", f"runs/{settings.file.stem}")
-    train.setdefault("use_cpu", not torch.cuda.is_available())
-    on_gpu = not train["use_cpu"]
-    train.setdefault("bf16", on_gpu and not train.get("fp16") and torch.cuda.is_bf16_supported())
-    _default_checkpointing(train, on_gpu)
-    train.setdefault("max_length", settings.data.context_length)
-    train.setdefault("packing", False)
-    train.setdefault("report_to", "none")
-    train.setdefault("logging_steps", 10)
-    train.setdefault("seed", 42)
+    elsewhere = use_cpu is not None
+    given = settings.train.given()
+    if given.get("use_cpu") is None:
+        given["use_cpu"] = use_cpu if elsewhere else not torch.cuda.is_available()
+    on_gpu = not given["use_cpu"]
+    if given.get("bf16") is None:
+        given["bf16"] = on_gpu and not settings.train.fp16 and (elsewhere or torch.cuda.is_bf16_supported())
+    ours = {"output_dir": f"runs/{settings.file.stem}", "max_length": settings.data.context_length}
+    given |= {name: value for name, value in ours.items() if given.get(name) is None}
+    train = TrainSettings(**{name: getattr(settings.train, name) for name in STORED} | _checkpointing(given, on_gpu))
     model = settings.model
     if model.dtype == "auto":
-        precise = "bfloat16" if train["bf16"] else "float16" if train.get("fp16") else "float32"
+        precise = "bfloat16" if train.bf16 else "float16" if train.fp16 else "float32"
         model = model.model_copy(update={"dtype": precise})
     return dataclasses.replace(settings, model=model, train=train, objective=_objective(settings))
 
 
 def _objective(settings: RunSettings) -> ObjectiveSettings:
-    """What the experiments in RESULTS.md support: where few tokens are trained, the selection has to be taught which
-    ones will be asked for; and steps with the full cache keep its score."""
+    """What the experiments in RESULTS.md support: where few tokens are trained, the selection loss teaches which ones
+    will be needed; and steps with the full cache keep its score."""
     best = {"selection": float(settings.data.kind != "text"), "keep_ratios": [1.0, settings.lrsa.keep_ratio]}
-    open_ = {name: value for name, value in best.items() if getattr(settings.objective, name) is None}
-    return settings.objective.model_copy(update=open_)
+    unset = {name: value for name, value in best.items() if getattr(settings.objective, name) is None}
+    return settings.objective.model_copy(update=unset)
 
 
-def _default_checkpointing(train: dict, on_gpu: bool) -> None:
-    """Recompute activations on a GPU, where memory is short; `gradient_checkpointing` is the setting's older name."""
-    from trl import SFTConfig
-
+def _checkpointing(given: dict, on_gpu: bool) -> dict:
+    """Recompute activations on a GPU, where memory is short. Of the two names of the setting the newer one is used,
+    where transformers has it: it warns that the older one will go away."""
     newer, older = "activation_checkpointing", "gradient_checkpointing"
-    name = newer if any(field.name == newer for field in dataclasses.fields(SFTConfig)) else older
-    if newer not in train and older not in train:
-        train[name] = on_gpu
-    elif older in train and name == newer:
-        # The older name makes transformers warn that it will go away.
-        train.setdefault(newer, train[older])
-        del train[older]
+    rest = {name: value for name, value in given.items() if name not in (newer, older)}
+    value = next((given[name] for name in (newer, older) if given.get(name) is not None), on_gpu)
+    return rest | {newer if newer in TrainSettings.model_fields else older: value}

@@ -2,52 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pydantic
-import yaml
 
 from data.settings import DataSettings
 from lrsa import LRSAConfig
 from lrsa.config import LRSAConfigError
-from train.settings.errors import SettingsError, did_you_mean, unknown_setting
-from train.settings.paths import check_deepspeed, with_data_files, with_model_files
-from train.settings.schema import EvalSettings, LoraSettings, ModelSettings, ObjectiveSettings, ParallelSettings
-from train.settings.sources import Source, read_source
-from train.settings.trainer_names import check_trainer_values, trainer_names
-from train.settings.wording import in_words
-
-SECTIONS = ("model", "lrsa", "lora", "objective", "data", "train", "parallel", "eval")
+from train.settings.errors import FieldPath, SettingsError, did_you_mean, field_problems, unknown_setting
+from train.settings.paths import check_deepspeed, relative_to, with_data_files, with_model_files
+from train.settings.schema import (
+    LRSA,
+    SECTIONS,
+    EvalSettings,
+    LoraSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    ParallelSettings,
+    TrainSettings,
+)
+from train.settings.sources import Source, read_source, to_yaml
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that decides a run. `train` holds TRL's own `SFTConfig` names."""
+    """Everything that decides a run."""
 
     model: ModelSettings
     lrsa: LRSAConfig
     lora: LoraSettings
     objective: ObjectiveSettings
     data: DataSettings
-    train: dict
+    train: TrainSettings
     parallel: ParallelSettings
     eval: EvalSettings
     file: Path
 
-    def to_yaml(self) -> str:
-        """The settings as a YAML file that `load_settings` reads back to the same settings."""
-        sections = {
-            "model": self.model.model_dump(mode="json"),
-            "lrsa": self.lrsa.to_dict(),
-            "lora": self.lora.model_dump(mode="json"),
-            "objective": self.objective.model_dump(mode="json"),
-            "data": self.data.model_dump(mode="json"),
-            "train": self.train,
-            "parallel": self.parallel.model_dump(mode="json"),
-            "eval": self.eval.model_dump(mode="json"),
-        }
-        return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)
+    def to_dict(self) -> dict[str, dict]:
+        """The sections as plain values; of `train` what the configuration and our defaults set."""
+        own = {"lrsa": self.lrsa.to_dict(), "train": self.train.given()}
+        return {name: own.get(name) or getattr(self, name).model_dump(mode="json") for name in SECTIONS}
+
+    def to_yaml(self, folder: Path | None = None) -> str:
+        """The settings as a YAML file that `load_settings` reads back to the same settings.
+
+        Args:
+            folder: where the file will lie; local paths below the working directory are then written relative to it.
+        """
+        values = self.to_dict()
+        return to_yaml(values if folder is None else relative_to(values, folder))
 
 
 def load_settings(config: str, overrides: list[str] | None = None) -> RunSettings:
@@ -61,90 +65,74 @@ def load_settings(config: str, overrides: list[str] | None = None) -> RunSetting
         SettingsError: listing every problem with file, line, field, value and what to change.
     """
     source = read_source(config, list(overrides or []))
-    found: list[tuple[tuple, str]] = []
-    sections = {name: _section(source, name, found) for name in SECTIONS}
-    found += _unknown_sections(source)
-    model_values, problems = with_model_files(source, sections["model"])
-    found += problems
-    built = {
-        "model": _build(ModelSettings, "model", model_values, found),
-        "lrsa": _build_lrsa(sections["lrsa"], found),
-        "lora": _build(LoraSettings, "lora", sections["lora"], found),
-        "objective": _build(ObjectiveSettings, "objective", sections["objective"], found),
-        "data": _build(DataSettings, "data", with_data_files(source, sections["data"]), found),
-        "parallel": _build(ParallelSettings, "parallel", sections["parallel"], found),
-        "eval": _build(EvalSettings, "eval", sections["eval"], found),
-    }
-    train = dict(sections["train"])
-    found += [(("train", name), text) for name, text in check_trainer_values(train)]
-    found += check_deepspeed(source, train)
-    if built["data"] is not None:
-        found += _check_max_length(train, built["data"].context_length)
-    found = _with_homes(sections, found)
-    problems = [source.problem(path, text) for path, text in sorted(found, key=lambda item: source.order(item[0]))]
-    if source.problems or problems:
-        raise SettingsError(source.problems + problems)
-    return RunSettings(train=train, file=source.file, **built)
+    problems: dict[FieldPath, str] = {}
+    values = {name: _section(source, name, problems) for name in SECTIONS}
+    problems |= _unknown_sections(source)
+    values["model"] = with_model_files(source, values["model"], problems)
+    values["data"] = with_data_files(source, values["data"])
+    values["train"] = check_deepspeed(source, values["train"], problems)
+    built = {name: _build(name, values[name], problems) for name in SECTIONS}
+    problems |= _conflicts(built)
+    told = [source.problem(path, problems[path]) for path in sorted(problems, key=source.order)]
+    if source.problems or told:
+        raise SettingsError(source.problems + told)
+    return RunSettings(file=source.file, **built)
 
 
-def _section(source: Source, name: str, found: list) -> dict:
+def _section(source: Source, name: str, problems: dict) -> dict:
     values = source.values.get(name)
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        found.append(((name,), f"must be a section with indented settings below it, got {values!r}"))
-        return {}
-    return values
+    if isinstance(values, dict):
+        return values
+    if values is not None:
+        problems[(name,)] = f"must be a section with indented settings below it, got {values!r}"
+    return {}
 
 
-def _unknown_sections(source: Source) -> list[tuple[tuple, str]]:
+def _unknown_sections(source: Source) -> dict[FieldPath, str]:
     unknown = [name for name in source.values if name not in SECTIONS]
     hint = f"sections are {', '.join(SECTIONS)}"
-    return [((name,), f"unknown section{did_you_mean(name, SECTIONS)}; {hint}") for name in unknown]
+    return {(name,): f"unknown section{did_you_mean(name, SECTIONS)}; {hint}" for name in unknown}
 
 
-def _build(model: type[pydantic.BaseModel], section: str, values: dict, found: list):
-    """An instance of a section's model, or None with its problems added to `found`."""
+def _build(section: str, values: dict, problems: dict):
+    """An instance of a section, or None with its problems added to `problems`; the first one of a field counts."""
+    model = SECTIONS[section]
+    homes = {name: other for other in reversed(SECTIONS) for name in _names(other)}
     try:
-        return model.model_validate(values, strict=True)
-    except pydantic.ValidationError as error:
-        found += [((section, *item["loc"]), in_words(item, model)) for item in error.errors()]
-        return None
-
-
-def _build_lrsa(values: dict, found: list) -> LRSAConfig | None:
-    """The LRSA configuration; it checks itself, one line per problem, each beginning with the field's name."""
-    names = [field.name for field in fields(LRSAConfig)]
-    known = {name: value for name, value in values.items() if name in names}
-    found += [(("lrsa", name), unknown_setting(name, names)) for name in values if name not in names]
-    try:
-        return LRSAConfig(**known)
+        if section != "lrsa":
+            return model.model_validate(values, strict=True)
+        for name in values.keys() - LRSA.keys():
+            home = f"unknown setting here; it belongs to section {homes.get(name)}"
+            problems[("lrsa", name)] = home if name in homes else unknown_setting(name, LRSA)
+        return LRSAConfig(**{name: value for name, value in values.items() if name in LRSA})
     except LRSAConfigError as error:
-        found += [(("lrsa", name), text) for name, text in error.problems]
-        return None
+        found = {(name,): text for name, text in error.problems}
+    except pydantic.ValidationError as error:
+        found = field_problems(error, model, values, homes)
+    for path, text in found.items():
+        problems.setdefault((section, *path), text)
+    return None
 
 
-def _with_homes(sections: dict, found: list) -> list:
-    """Adds to an unknown setting the section where that name does exist."""
-    homes = {
-        "model": list(ModelSettings.model_fields), "lrsa": [field.name for field in fields(LRSAConfig)],
-        "lora": list(LoraSettings.model_fields), "objective": list(ObjectiveSettings.model_fields),
-        "data": list(DataSettings.model_fields),
-        "eval": list(EvalSettings.model_fields), "train": trainer_names(),
-        "parallel": list(ParallelSettings.model_fields),
-    }  # fmt: skip
-    result = []
-    for path, text in found:
-        owners = [section for section, names in homes.items() if len(path) == 2 and path[1] in names]
-        if text.startswith("unknown setting") and owners:
-            text = f"unknown setting here; it belongs to section {owners[0]}"
-        result.append((path, text))
-    return result
+def _names(section: str) -> list[str]:
+    return list(LRSA) if section == "lrsa" else list(SECTIONS[section].model_fields)
 
 
-def _check_max_length(train: dict, context_length: int) -> list[tuple[tuple, str]]:
-    length = train.get("max_length")
-    if isinstance(length, int) and length < context_length:
-        text = f"must be at least data.context_length ({context_length}), got {length}: rows would be cut; remove it"
-        return [(("train", "max_length"), text)]
-    return []
+def _conflicts(built: dict) -> dict[FieldPath, str]:
+    """What two sections say that does not go together."""
+    problems: dict[FieldPath, str] = {}
+    train, data, lrsa, objective = (built[name] for name in ("train", "data", "lrsa", "objective"))
+    if train and data and train.max_length is not None and train.max_length < data.context_length:
+        problems["train", "max_length"] = (
+            f"must be at least data.context_length ({data.context_length}), got {train.max_length}: rows would be cut; "
+            "remove it"
+        )
+    if lrsa and objective and objective.keep_ratios:
+        trained = sorted({lrsa.with_keep_ratio(ratio).top_k for ratio in objective.keep_ratios})
+        if lrsa.top_k not in trained:
+            problems["lrsa", "top_k"] = (
+                f"must be one of the trained {', '.join(map(str, trained))} (objective.keep_ratios "
+                f"{objective.keep_ratios} of lag_size {lrsa.lag_size}), got {lrsa.top_k}: change it, or add "
+                f"{lrsa.keep_ratio:g} to objective.keep_ratios"
+            )
+    return problems

@@ -3,81 +3,105 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
-from train.settings.schema import NOT_PARALLEL
-from train.settings.sources import Source, find_file, shown
+from train.settings.errors import FieldPath
+from train.settings.schema import ParallelSettings
+from train.settings.sources import Source, shown
 
-Found = list[tuple[tuple, str]]
-
+# Settings that may name a local file or directory. `train.output_dir` is none of them: a run makes it where it starts.
+PATHS = {"model": ("name_or_path", "chat_template"), "data": ("path", "eval_path"), "train": ("deepspeed",)}
 WRITTEN_BY_DEEPSPEED = (
     ("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"),
 )  # fmt: skip
 
 
+def relative_to(values: dict[str, dict], folder: Path) -> dict[str, dict]:
+    """The sections with their local paths as seen from `folder`, where both lie below the working directory: a project
+    that is moved as a whole stays as it is. Other paths stay absolute."""
+    here, folder = Path.cwd().resolve(), folder.resolve()
+    if not folder.is_relative_to(here):
+        return values
+    result = {section: dict(settings) for section, settings in values.items()}
+    for section, names in PATHS.items():
+        for name in names:
+            value = result[section].get(name)
+            if isinstance(value, str) and Path(value).is_absolute() and Path(value).resolve().is_relative_to(here):
+                result[section][name] = Path(os.path.relpath(Path(value).resolve(), folder)).as_posix()
+    return result
+
+
 def with_data_files(source: Source, values: dict) -> dict:
-    """`data` with local files found from here, from the configuration's folder or from the repository.
+    """`data` with local paths made absolute.
 
     A path that is not found stays as it is: it may name a data set on the Hub, which only loading can tell.
     """
     result = dict(values)
     for name in ("path", "eval_path"):
-        if isinstance(values.get(name), str) and (path := find_file(values[name], source.file)):
+        if isinstance(values.get(name), str) and (path := source.find("data", name)):
             result[name] = str(path)
     return result
 
 
-def with_model_files(source: Source, values: dict) -> tuple[dict, Found]:
+def with_model_files(source: Source, values: dict, problems: dict[FieldPath, str]) -> dict:
     """`model` with local paths made absolute; a name that can be no Hub id must be a directory."""
-    result, problems = dict(values), []
+    result = dict(values)
     name, template = values.get("name_or_path"), values.get("chat_template")
     if isinstance(name, str) and name:
-        path = find_file(name, source.file)
+        path = source.find("model", "name_or_path")
         if path is not None and path.is_dir():
             result["name_or_path"] = str(path)
             if not (path / "config.json").is_file():
-                problems.append((("model", "name_or_path"), f"{shown(path)} holds no config.json, so it is no model"))
+                problems["model", "name_or_path"] = f"{shown(path)} holds no config.json, so it is no model"
         elif path is not None or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            problems.append((("model", "name_or_path"), f"no such model directory: {name}"))
+            problems["model", "name_or_path"] = f"no such model directory: {name}"
     if isinstance(template, str) and template != "none":
-        path = find_file(template, source.file)
-        if path is None or not path.is_file():
-            problems.append((("model", "chat_template"), f"no such file: {template}"))
-        else:
+        path = source.find("model", "chat_template")
+        if path is not None and path.is_file():
             result["chat_template"] = str(path)
-    return result, problems
+        else:
+            problems["model", "chat_template"] = f"no such file: {template}"
+    return result
 
 
-def check_deepspeed(source: Source, train: dict) -> Found:
-    """Makes the path of the DeepSpeed file in `train` absolute, and reads it once so that a broken one shows here."""
-    name = train.get("deepspeed")
-    if isinstance(name, dict):
-        return _refused(name, "")
-    if not isinstance(name, str):
-        return []
-    path = find_file(name, source.file)
-    if path is None or not path.is_file():
-        looked = f"looked here, in {shown(source.file.parent)} and in the repository"
-        return [(("train", "deepspeed"), f"no such DeepSpeed file: {name} ({looked})")]
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        return [(("train", "deepspeed"), f"{shown(path)} is not valid JSON: {error}")]
-    if not isinstance(content, dict):
-        return [(("train", "deepspeed"), f"{shown(path)} must hold a JSON object, got a {type(content).__name__}")]
-    train["deepspeed"] = str(path)
-    return _refused(content, f"{shown(path)} ")
+def check_deepspeed(source: Source, values: dict, problems: dict[FieldPath, str]) -> dict:
+    """`train` with the path of the DeepSpeed file made absolute; the file is read once, so that a broken one shows."""
+    name, where = values.get("deepspeed"), ""
+    if not isinstance(name, str | dict):
+        return values
+    content = name
+    if isinstance(name, str):
+        path = source.find("train", "deepspeed")
+        if path is None or not path.is_file():
+            looked = f"looked here, in {shown(source.file.parent)} and in the repository"
+            problems["train", "deepspeed"] = f"no such DeepSpeed file: {name} ({looked})"
+            return values
+        values, where = values | {"deepspeed": str(path)}, f"{shown(path)} "
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            problems["train", "deepspeed"] = f"{where}is not valid JSON: {error}"
+            return values
+        if not isinstance(content, dict):
+            text = f"{where}must hold a JSON object, got a {type(content).__name__}"
+            problems["train", "deepspeed"] = text
+            return values
+    if refused := _refused(content):
+        problems["train", "deepspeed"] = "; ".join(where + text for text in refused)
+    return values
 
 
-def _refused(content: dict, where: str) -> Found:
+def _refused(content: dict) -> list[str]:
     """What DeepSpeed would set up without the trainer's knowledge, and logs that go to paths of their own: a run writes
     into `train.output_dir` only."""
-    found = []
+    refused = []
     if content.get("sequence_parallel_size", 1) != 1:
-        found.append("sequence_parallel_size has no effect on attention there: set parallel.sp_size")
+        refused.append("sequence_parallel_size has no effect on attention there: set parallel.sp_size")
     if content.get("tensor_parallel"):
-        found.append(f"tensor_parallel cannot be set: {NOT_PARALLEL['tp_size']}")
+        refused.append(f"tensor_parallel cannot be set: {ParallelSettings.not_here['tp_size']}")
     for section, name in WRITTEN_BY_DEEPSPEED:
         values = content.get(section)
         if isinstance(values, dict) and values.get(name):
-            found.append(f"{section}.{name} writes outside train.output_dir, got {values[name]!r}: remove it")
-    return [(("train", "deepspeed"), where + text) for text in found]
+            refused.append(f"{section}.{name} writes outside train.output_dir, got {values[name]!r}: remove it")
+    return refused

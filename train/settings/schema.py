@@ -1,71 +1,93 @@
-"""The sections of a run that belong to `train/`: base model, LoRA and evaluation. `lrsa` and `data` bring their own."""
+"""Every setting of a run but those of `lrsa` and `data`, which bring their own: type, default, bounds and meaning.
+
+`TrainSettings` is made from TRL's `SFTConfig`, field by field, so that names, types and defaults are TRL's own.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import dataclasses
+import enum
+import types
+import typing
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic.fields import FieldInfo
+from trl import SFTConfig
+
+from data.settings import DataSettings
+from lrsa import LRSAConfig
+from lrsa.attention.api import IMPLEMENTATIONS
+
+Attention = Literal[("auto", *IMPLEMENTATIONS)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
 
 
-class ModelSettings(BaseModel):
-    """Which base model is tuned, and how it is loaded."""
+class Section(BaseModel):
+    """One section of a configuration; `not_here` says of names that people try what to use instead."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    not_here: ClassVar[dict[str, str]] = {}
 
-    name_or_path: str = Field(min_length=1, description="directory or Hub id of a causal language model")
-    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+
+class ModelSettings(Section):
+    """The base model and how it is loaded."""
+
+    name_or_path: str = Field(min_length=1, description="Directory or Hub id of a causal language model.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="type of the frozen weights; auto follows train.bf16 / train.fp16, else float32"
+        "auto", description="Type of the frozen weights; auto follows train.bf16 and train.fp16, else float32."
     )
-    trust_remote_code: bool = Field(False, description="run Python code that the model's repository brings")
+    trust_remote_code: bool = Field(False, description="Run Python code from the model's repository.")
     chat_template: str | None = Field(
-        None, description="Jinja file that replaces the tokenizer's chat template, or none for plain text"
+        None, description="Jinja file that replaces the tokenizer's chat template; none for plain text."
+    )
+    attention: Attention = Field(
+        "auto", description="Implementation of LRSA attention in training; auto is the fastest for device and dtype."
     )
 
 
-class LoraSettings(BaseModel):
+class LoraSettings(Section):
     """The adapter, under PEFT's own names. No `bias`: a trained bias stays when the adapter is switched off, so the
     base model could not be measured beside its adapter."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    r: int = Field(16, ge=1, description="rank of the adapter")
-    lora_alpha: float = Field(32, gt=0, description="the adapter's output is scaled by lora_alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter, in training only")
+    r: int = Field(16, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(32, gt=0, description="The adapter's output is scaled by lora_alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in training only.")
     target_modules: str | list[str] = Field(
-        "all-linear", description="all-linear (every linear layer except the head), or names such as [q_proj, v_proj]"
+        "all-linear", description="all-linear (every linear layer except the head), or names such as [q_proj, v_proj]."
     )
-    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
 
 
-class ObjectiveSettings(BaseModel):
-    """What a training step learns from. The dense control learns from cross-entropy alone."""
+class ObjectiveSettings(Section):
+    """The loss of a training step. The dense control is trained with cross-entropy alone."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    cross_entropy: float = Field(1.0, ge=0, description="weight of the loss on the trained tokens")
+    cross_entropy: float = Field(1.0, ge=0, description="Weight of the cross-entropy on the trained tokens.")
     distillation: float = Field(
-        0.0, ge=0, description="weight of the divergence from the base model with its full cache, on the trained tokens"
-    )
-    distillation_temperature: float = Field(1.0, gt=0, description="softens both distributions before comparing them")
-    selection: float | None = Field(
-        None, ge=0, description="weight of teaching the scores to keep what the base model, with its full cache, "
-        "looks at; when not set 1, for text 0",
+        0.0, ge=0, description="Weight of KL(teacher || student) on the trained tokens; the teacher is the base model "
+        "with its full cache.",
     )  # fmt: skip
-    selection_temperature: float = Field(20.0, gt=0, description="factor of the scores before their softmax")
+    distillation_temperature: float = Field(1.0, gt=0, description="Temperature of both distributions.")
+    selection: float | None = Field(
+        None, ge=0, description="Weight of the selection loss (match the full-cache teacher's attention). Default 1; "
+        "0 for kind: text.",
+    )  # fmt: skip
+    selection_temperature: float = Field(20.0, gt=0, description="Factor of the scores before their softmax.")
     selection_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="layers whose scores are taught; all when not set"
+        None, description="Layers with a selection loss; all compressed layers when not set."
     )
     selection_queries: int = Field(
-        256, ge=1, description="tokens of a document whose attention is the target, at most, spread evenly over it"
+        256, ge=1, description="Maximum number of query tokens per document in the selection loss, evenly spaced."
     )
-    keep_ratios: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
-        None, description="keep ratios to train with, so that one adapter serves them all; when not set the full "
-        "cache (1) and that of lrsa.top_k",
+    keep_ratios: list[Ratio] | None = Field(
+        None, description="Keep ratios to train with, so that one adapter serves them all; that of lrsa.top_k must be "
+        "one of them. When not set, 1 (the full cache) and that of lrsa.top_k.",
     )  # fmt: skip
     schedule: Literal["draw", "shrink"] = Field(
-        "draw", description="draw a keep ratio for every step, or go through keep_ratios in equal parts of the run"
-    )
+        "draw", description="draw: sample one of keep_ratios per step; shrink: use them in order, an equal number of "
+        "steps each.",
+    )  # fmt: skip
 
     @property
     def has_teacher(self) -> bool:
@@ -73,44 +95,154 @@ class ObjectiveSettings(BaseModel):
         return bool(self.distillation or self.selection)
 
 
-# What other frameworks call by these names, and why it is not here.
-NOT_PARALLEL = {
-    "cp_size": "ring context parallelism replaces the attention by one that knows causal masks only, so that nothing "
-    "would be compressed; use sp_size",
-    "tp_size": "tensor parallelism has not been tried with LoRA here; use ZeRO-3 (train.deepspeed) and sp_size",
-}
-
-
-class ParallelSettings(BaseModel):
+class ParallelSettings(Section):
     """How the processes of a run divide the work beyond DeepSpeed's ZeRO, which `train.deepspeed` describes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+    not_here: ClassVar[dict[str, str]] = {
+        "cp_size": "ring context parallelism knows only causal masks, so that nothing would be compressed; use sp_size",
+        "tp_size": "tensor parallelism is not tested with LoRA; use ZeRO-3 (train.deepspeed) and sp_size",
+    }
     sp_size: int = Field(
-        1, ge=1, description="processes that share every row (Ulysses sequence parallelism); the rest take other rows"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, values: dict) -> dict:
-        refused = [f"{name} cannot be set: {reason}" for name, reason in NOT_PARALLEL.items() if name in values]
-        if refused:
-            raise ValueError("; ".join(refused))
-        return values
+        1, ge=1, description="GPUs per sequence-parallel group (Ulysses); groups are data-parallel. Needs "
+        "train.deepspeed.",
+    )  # fmt: skip
 
 
-class EvalSettings(BaseModel):
+class EvalSettings(Section):
     """What is measured after training, on the rows that `data` held out."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    enabled: bool = Field(True, description="evaluate after training")
-    keep_ratios: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        [0.5, 0.25, 0.125], description="shares of a window to keep; the full cache and the trained ratio always count"
+    enabled: bool = Field(True, description="Evaluate after training.")
+    keep_ratios: list[Ratio] = Field(
+        [0.5, 0.25, 0.125], description="Keep ratios to evaluate, beside the full cache and that of lrsa.top_k."
     )
-    rows: int | None = Field(None, ge=1, description="at most so many held-out rows; all of them when not set")
-    batch_size: int = Field(8, ge=1, description="rows evaluated at a time")
-    max_new_tokens: int | None = Field(None, ge=1, description="longest answer; the task decides when not set")
+    rows: int | None = Field(None, ge=1, description="Maximum number of evaluation rows; all when not set.")
+    batch_size: int = Field(8, ge=1, description="Rows per batch.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Maximum length of a generated answer; the task decides when not set."
+    )
     control: bool = Field(
-        False, description="also train a dense LoRA with the same data, seed and steps, and evaluate it beside"
+        False, description="Also train a dense LoRA with the same data, seed and steps, and evaluate both."
     )
+
+
+class TrainerSection(Section):
+    """The `train` section: the fields of TRL's `SFTConfig`, apart from those that other sections own."""
+
+    not_here: ClassVar[dict[str, str]] = {
+        "model_init_kwargs": "the model is described in section model",
+        "trust_remote_code": "set model.trust_remote_code",
+        "chat_template_path": "set model.chat_template",
+        "truncation_mode": "rows are never cut; set data.context_length",
+        "padding_free": "set packing: true",
+        "parallelism_config": "set parallel.sp_size",
+        "local_rank": "the launcher passes it",
+        "do_train": "launch/train.py always trains",
+        **dict.fromkeys(("do_eval", "do_predict"), "set eval.enabled"),
+        **dict.fromkeys(("fsdp", "fsdp_config"), "use train.deepspeed"),
+        **dict.fromkeys(("eos_token", "pad_token", "dataset_kwargs"), "rows come tokenized from section data"),
+        "dataset_text_field": "rows come tokenized from section data; set data.columns",
+        **dict.fromkeys(
+            ("completion_only_loss", "assistant_only_loss"), "section data decides which tokens are trained"
+        ),
+        **dict.fromkeys(
+            ("push_to_hub", *(f.name for f in dataclasses.fields(SFTConfig) if f.name.startswith("hub_"))),
+            "launch/publish.py sends a finished run, checked and without local paths",
+        ),
+    }
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass, under whichever name transformers has for it."""
+        return bool(getattr(self, "activation_checkpointing", None) or self.gradient_checkpointing)
+
+    def given(self) -> dict[str, Any]:
+        """What the configuration and our defaults set; the rest is left to SFTConfig itself."""
+        return self.model_dump(exclude_unset=True)
+
+
+def _max_steps(steps: int) -> int:
+    if steps < 1 and steps != -1:
+        raise ValueError(f"must be at least 1, or -1 to go by num_train_epochs, got {steps}")
+    return steps
+
+
+# Bounds of values that SFTConfig takes but that fail late or mean nothing.
+BOUNDS = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), Field(ge=1)),
+    **dict.fromkeys(("gradient_accumulation_steps", "max_length"), Field(ge=1)),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "seed"), Field(ge=0)),
+    **dict.fromkeys(("num_train_epochs", "learning_rate", "logging_steps", "save_steps", "eval_steps"), Field(gt=0)),
+    "max_steps": AfterValidator(_max_steps),
+}
+# Where our default, choices or meaning differ from TRL's: type, default, meaning. What is None depends on the machine
+# or on another section, and is filled in by `with_defaults`.
+OURS = {
+    "output_dir": (str | None, None, "Directory of the run. Default runs/NAME-OF-THE-CONFIGURATION."),
+    "max_length": (int | None, None, "Length of packed rows, at least data.context_length, which is the default."),
+    "use_cpu": (bool | None, None, "Train on the CPU. Default true without a GPU."),
+    "bf16": (bool | None, None, "bfloat16 mixed precision. Default true on a GPU that supports it, without fp16."),
+    "activation_checkpointing": (bool | None, None, "Recompute activations in the backward pass instead of keeping "
+                                 "them. Default true on a GPU."),
+    "gradient_checkpointing": (bool | None, None, "Older name of activation_checkpointing."),
+    "deepspeed": (dict | str | None, None, "DeepSpeed configuration: a JSON file, or a mapping."),
+    "resume_from_checkpoint": (Literal["auto"] | None, None, "auto: the same as --resume."),
+    "packing_strategy": (Literal["bfd", "bfd_split"], "bfd", "How rows are packed: best-fit decreasing, without or "
+                         "with splitting rows that are too long. TRL's wrapped would cut rows in the middle."),
+}  # fmt: skip
+
+
+def _typed(hint: Any, choices: typing.Iterable | None = None) -> Any:
+    """A type hint of SFTConfig in which closed lists of texts (enums, `choices`) are Literals, and whole numbers stay
+    whole where a float is expected."""
+    if choices:
+        literal = Literal[tuple(choices)]
+        return literal | None if types.NoneType in typing.get_args(hint) else literal
+    if isinstance(hint, enum.EnumMeta):
+        return Literal[tuple(str(member.value) for member in hint)]
+    if hint is float:
+        return Annotated[float, AfterValidator(lambda x: int(x) if x.is_integer() else x)]
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        closed = any(isinstance(part, enum.EnumMeta) for part in parts)
+        return typing.Union[tuple(_typed(part) for part in parts if not (closed and part is str))]  # noqa: UP007
+    return list[_typed(parts[0])] if typing.get_origin(hint) is list else hint
+
+
+def _trainer_field(field: dataclasses.Field, hint: Any) -> tuple[Any, FieldInfo]:
+    meaning = " ".join((field.metadata.get("help") or "").split())
+    hint, default = _typed(hint, field.metadata.get("choices")), {"default": field.default}
+    if field.default_factory is not dataclasses.MISSING:
+        default = {"default_factory": field.default_factory}
+    if field.name in OURS:
+        hint, default["default"], meaning = OURS[field.name]
+    if field.name in BOUNDS:
+        hint = Annotated[hint, BOUNDS[field.name]]
+    return hint, Field(**default, description=meaning)
+
+
+def _trainer_fields() -> dict[str, tuple[Any, FieldInfo]]:
+    hints = typing.get_type_hints(SFTConfig)
+    fields = [field for field in dataclasses.fields(SFTConfig) if field.name not in TrainerSection.not_here]
+    return {field.name: _trainer_field(field, hints[field.name]) for field in fields}
+
+
+TrainSettings = create_model("TrainSettings", __base__=TrainerSection, **_trainer_fields())
+
+# Meanings of the fields of LRSAConfig, which checks itself.
+LRSA = {
+    "sink_size": "First tokens of a row that are always kept.",
+    "lag_size": "Tokens per window; a window is scored against the window after it.",
+    "top_k": "Tokens kept of each window, per KV head. top_k equal to lag_size keeps everything: dense attention.",
+    "value_weight": "Weight of the values' score against the keys' score (LagKV's score_v_ratio).",
+    "skip_layers": "Indices of layers that stay dense, in training and in the cache.",
+}
+SECTIONS: dict[str, type] = {
+    "model": ModelSettings,
+    "lrsa": LRSAConfig,
+    "lora": LoraSettings,
+    "objective": ObjectiveSettings,
+    "data": DataSettings,
+    "train": TrainSettings,
+    "parallel": ParallelSettings,
+    "eval": EvalSettings,
+}

@@ -1,13 +1,22 @@
-"""Where a configuration comes from: one YAML file and `--set` overrides, merged, with the place of every value."""
+"""Where a configuration comes from: one YAML file and `--set` overrides, merged, with the place of every value.
+
+Scalars follow YAML 1.2: `1e-4` is a number and `no` is text. Dates stay text.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from train.settings.errors import Problem, SettingsError
-from train.settings.yaml_lines import FieldPath, parse
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from train.settings.errors import FieldPath, Problem, SettingsError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -24,6 +33,12 @@ class Source:
 
     def problem(self, path: FieldPath, text: str) -> Problem:
         return Problem(self.where(path), ".".join(str(part) for part in path), text)
+
+    def find(self, section: str, name: str) -> Path | None:
+        """The file or directory that a setting names, None when there is none: seen from the configuration's folder
+        (for `--set` from here), from here, or from the repository."""
+        here = [Path.cwd(), self.file.resolve().parent]
+        return find_file(self.values[section][name], here if (section, name) in self.from_command_line else here[::-1])
 
     def where(self, path: FieldPath) -> str:
         """`--set`, or `file:line` of the field or of the nearest section above it that was written."""
@@ -57,14 +72,12 @@ def read_source(config: str, overrides: list[str]) -> Source:
         text = source.file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([Problem(shown(source.file), "", f"cannot be read: {error}")]) from error
+    where = shown(source.file)
     parsed = parse(text)
     source.lines = parsed.lines
-    syntax = [Problem(f"{shown(source.file)}:{line}", "", text) for line, path, text in parsed.problems if not path]
-    if syntax:
-        raise SettingsError(syntax)
-    source.problems = [
-        Problem(f"{shown(source.file)}:{line}", ".".join(map(str, path)), text) for line, path, text in parsed.problems
-    ]
+    if parsed.broken:
+        raise SettingsError([Problem(f"{where}:{line}", "", text) for line, text in parsed.broken])
+    source.problems = [Problem(f"{where}:{line}", ".".join(map(str, path)), text) for line, path, text in parsed.twice]
     if not isinstance(parsed.values, dict):
         got = "an empty file" if parsed.values is None else f"a {type(parsed.values).__name__}"
         text = f"must hold sections such as model, lrsa and data, got {got}"
@@ -88,12 +101,12 @@ def find_config(config: str) -> Path:
     raise SettingsError([Problem("--config", config, text)])
 
 
-def find_file(name: str, config: Path) -> Path | None:
-    """An existing path for a name in a configuration: seen from here, from its file, or from the repository.
+def find_file(name: str, folders: list[Path]) -> Path | None:
+    """An existing path for a name in a configuration, in one of `folders` or in the repository.
 
-    From the repository's configs/ as well, so that a copy of a file there finds what lies beside the original.
+    In the repository's configs/ as well, so that a copy of a file there finds what lies beside the original.
     """
-    for base in (Path.cwd(), config.resolve().parent, REPOSITORY, REPOSITORY / "configs"):
+    for base in (*folders, REPOSITORY, REPOSITORY / "configs"):
         path = base / Path(name).expanduser()
         if path.exists():
             return Path(os.path.abspath(path))
@@ -113,8 +126,8 @@ def _apply_override(source: Source, override: str) -> None:
         source.problems.append(Problem("--set", override, "write it as section.key=value, such as lrsa.top_k=64"))
         return
     parsed = parse(text)
-    if parsed.problems:
-        source.problems.append(Problem("--set", name, parsed.problems[0][2]))
+    if told := [text for _, text in parsed.broken] + [text for *_, text in parsed.twice]:
+        source.problems.append(Problem("--set", name, told[0]))
         return
     target = source.values
     for part in path[:-1]:
@@ -123,3 +136,73 @@ def _apply_override(source: Source, override: str) -> None:
         target = target[part]
     target[path[-1]] = parsed.values
     source.from_command_line.add(path)
+
+
+@dataclass
+class YamlText:
+    """Plain values and the line, from 1, of every field by its path.
+
+    Attributes:
+        broken: `(line, text)` of what keeps the text from being read.
+        twice: `(line, path, text)` of keys that are written twice.
+    """
+
+    values: Any = None
+    lines: dict[FieldPath, int] = field(default_factory=dict)
+    broken: list[tuple[int, str]] = field(default_factory=list)
+    twice: list[tuple[int, FieldPath, str]] = field(default_factory=list)
+
+
+class _Constructor(SafeConstructor):
+    """Plain values only, whatever tags a text holds."""
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+
+
+def parse(text: str) -> YamlText:
+    """Read YAML without making objects of its tags."""
+    result = YamlText()
+    try:
+        if (node := _yaml().compose(text)) is not None:
+            _note_lines(node, (), result)
+            result.values = _yaml().load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        tab = line[: mark.column + 1].strip(" ") == "\t" if mark else False
+        reason = "a tab cannot start a token; indent with spaces" if tab else error.problem or error.context
+        result.broken = [(mark.line + 1 if mark else 1, f"not valid YAML: {reason}")]
+    except (YAMLError, ValueError, RecursionError) as error:
+        result.broken = [(1, f"not valid YAML: {' '.join(str(error).split())}")]
+    return result
+
+
+def to_yaml(values: dict) -> str:
+    """Plain values as a text that `parse` reads back."""
+    yaml, stream = _yaml(), io.StringIO()
+    yaml.dump(values, stream)
+    return stream.getvalue()
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
+    yaml.allow_duplicate_keys = True  # all are told at once, by `_note_lines`
+    yaml.default_flow_style = yaml.sort_base_mapping_type_on_output = False
+    yaml.width = 120
+    return yaml
+
+
+def _note_lines(node: Node, path: FieldPath, result: YamlText) -> None:
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            name, line = (*path, str(key.value)), key.start_mark.line + 1
+            if name in result.lines and key.value != "<<":
+                result.twice.append((line, name, f"written twice, first on line {result.lines[name]}; keep one"))
+            result.lines.setdefault(name, line)
+            _note_lines(value, name, result)
+    elif isinstance(node, SequenceNode):
+        for index, item in enumerate(node.value):
+            result.lines[(*path, index)] = item.start_mark.line + 1
+            _note_lines(item, (*path, index), result)

@@ -134,7 +134,7 @@ def settings_with(tmp_path, byte_tokenizer, monkeypatch):
 
 
 def test_ring_and_tensor_parallelism_are_refused_by_name(settings_with, monkeypatch, tmp_path):
-    with pytest.raises(SettingsError, match=r"parallel: cp_size cannot be set: ring context parallelism replaces"):
+    with pytest.raises(SettingsError, match=r"parallel\.cp_size: cannot be set here: ring context parallelism knows"):
         settings_with("parallel.cp_size=2")
     (tmp_path / "own.json").write_text(json.dumps({"tensor_parallel": {"autotp_size": 2}, "sequence_parallel_size": 2}))
     with pytest.raises(SettingsError) as error:

@@ -247,7 +247,7 @@ def test_out_of_memory_is_answered_with_settings_that_help(tmp_path, capsys):
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, before[1]))
     try:
-        assert explain(lambda: run(settings)) == 2
+        assert explain(lambda: run(settings)) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     told = capsys.readouterr()

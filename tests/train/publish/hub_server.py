@@ -16,7 +16,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-import yaml
+from ruamel.yaml import YAML
 
 TOKEN, USER = "hf_local", "user"
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate_yaml(self):
         """The Hub's own checks are not public; these are the ones that its documentation names."""
-        head = yaml.safe_load(json.loads(self.body)["content"].split("---\n")[1])
+        head = YAML(typ="safe").load(json.loads(self.body)["content"].split("---\n")[1])
         errors = (
             [] if head.get("license", "mit") in ("mit", "apache-2.0") else ["license must be one of mit, apache-2.0"]
         )

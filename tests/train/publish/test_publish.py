@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import HfApi, constants
 
 import lrsa
 from lrsa import LRSAConfig
 from tests.train.publish.hub_server import TOKEN, LocalHub
+from train.failures import RunFailed
 from train.publish.hub import prepare, send
-from train.settings.errors import SettingsError
+from train.settings.sources import parse, to_yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 LENGTH = 60
@@ -134,7 +134,7 @@ def test_no_path_of_this_machine_is_published(published, tiny_run):
     work = tiny_run.parents[1]
     for name, content in hub.files("user/tiny").items():
         assert str(work).encode() not in content and str(Path.home()).encode() + b"/" not in content, name
-    settings = yaml.safe_load(hub.files("user/tiny")["config.yaml"])
+    settings = parse(hub.files("user/tiny")["config.yaml"]).values
     assert settings["data"]["path"] == "text.jsonl" and settings["train"]["output_dir"] == "tiny"
     assert settings["model"]["name_or_path"] == "org/base" and settings["train"]["max_steps"] == 2
     assert str(work) in (tiny_run / "config.yaml").read_text(), "the run's own file keeps its paths"
@@ -196,7 +196,7 @@ def publish(run: Path, hub: LocalHub, **options) -> str:
 
 def test_a_commit_cut_in_the_middle_shows_nothing_and_publishing_again_completes(tiny_copy, hub):
     hub.cut["/commit/main"] = 1
-    with pytest.raises(SettingsError, match=r"(?s)user/tiny: was not published: .*the same command again completes it"):
+    with pytest.raises(RunFailed, match=r"(?s)user/tiny: was not published: .*the same command again completes it"):
         publish(tiny_copy, hub)
     assert hub.files("user/tiny") == {} and hub.objects, "the weights were there, and no file could be seen"
     sent = len([asked for asked in hub.requests if asked.startswith("PUT /lfs/")])
@@ -207,7 +207,7 @@ def test_a_commit_cut_in_the_middle_shows_nothing_and_publishing_again_completes
 
 def test_a_lost_answer_to_the_commit_makes_no_second_one(tiny_copy, hub):
     hub.lost["/commit/main"] = 1
-    with pytest.raises(SettingsError, match="was not published"):
+    with pytest.raises(RunFailed, match="was not published"):
         publish(tiny_copy, hub)
     assert "/user/tiny/commit/" in publish(tiny_copy, hub)
     assert len(hub.repos["user/tiny"]["commits"]) == 1
@@ -227,13 +227,13 @@ def test_everybody_can_load_what_is_published_for_everybody(tiny_copy, hub):
 
 
 def test_tokens_and_paths_deep_in_the_settings_are_left_out(tiny_copy, hub):
-    settings = yaml.safe_load((tiny_copy / "config.yaml").read_text())
+    settings = parse((tiny_copy / "config.yaml").read_text()).values
     inner = {"hub_token": "hf_secret", "files": ["/srv/secret/plan.txt"]}
     settings["train"] |= {"deepspeed": str(ROOT / "configs" / "deepspeed" / "zero2.json"), "lr_scheduler_kwargs": inner}
-    (tiny_copy / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tiny_copy / "config.yaml").write_text(to_yaml(settings))
     publish(tiny_copy, hub)
     assert not any(b"secret" in content for content in hub.files("user/tiny").values())
-    train = yaml.safe_load(hub.files("user/tiny")["config.yaml"])["train"]
+    train = parse(hub.files("user/tiny")["config.yaml"]).values["train"]
     assert train["deepspeed"] == "configs/deepspeed/zero2.json"
     assert train["lr_scheduler_kwargs"] == {"files": ["plan.txt"]}
 
@@ -242,7 +242,7 @@ def test_tokens_and_paths_deep_in_the_settings_are_left_out(tiny_copy, hub):
 def test_weights_that_never_arrive_end_in_an_error(tiny_copy, hub):
     """The client tries for half a minute, then gives up."""
     hub.cut["PUT /lfs/"] = 100
-    with pytest.raises(SettingsError, match=r"was not published: .*Error while uploading"):
+    with pytest.raises(RunFailed, match=r"was not published: .*Error while uploading"):
         publish(tiny_copy, hub)
     assert hub.files("user/tiny") == {}
     hub.cut.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import resource
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from launch.command_line import explain
 from tests.tiny_run import make_workplace
@@ -171,10 +171,9 @@ def test_a_corrupt_row_is_named(workplace, capsys):
 
 def test_two_runs_in_one_directory(workplace, capsys):
     (workplace / "busy").mkdir()
-    with open(workplace / "busy" / ".lock", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with FileLock(workplace / "busy" / ".lock"):
         assert run_here(workplace, "busy") == 2
-    assert "another run is at work in busy" in capsys.readouterr().err
+    assert "another run uses busy" in capsys.readouterr().err
 
 
 def test_other_processes_cannot_continue(workplace, undisturbed, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from data.settings import DataSettings
 from lrsa import LRSAConfig
 from train.settings.errors import SettingsError
 from train.settings.load import load_settings
+from train.settings.sources import to_yaml
 
 # Fixtures hold tokenizers and directories that examples share.
 common = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -73,7 +73,7 @@ sections = st.fixed_dictionaries(
 )
 def test_settings_of_any_kind(tmp_path_factory, content, overrides):
     file = tmp_path_factory.getbasetemp() / "any.yaml"
-    file.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    file.write_text(to_yaml(content), encoding="utf-8", errors="surrogatepass")
     with pytest.raises(SettingsError) as told:  # no example names a model
         load_settings(str(file), overrides)
     assert str(told.value).strip()
