@@ -10,7 +10,7 @@ import numpy as np
 
 from data.question_answering import question_answering_rows
 from data.report import DataReport, compression_warning, length_summary, marked_sample
-from data.rows import Rows, to_dataset
+from data.rows import Rows, fingerprint, to_dataset
 from data.settings import DataSettings
 from data.sources.files import DataError
 from data.synthetic.rows import synthetic_rows
@@ -80,6 +80,7 @@ def _report(rows: Rows, settings: DataSettings, tokenizer, smallest_compressed: 
         dropped=_counted(rows.dropped),
         evaluation_dropped=_counted(rows.evaluation_dropped),
         sample=marked_sample(tokenizer, first.input_ids.tolist(), first.trained.tolist()),
+        fingerprints={"train": fingerprint(rows.train), "evaluation": fingerprint(rows.evaluation)},
         notes=rows.notes,
         warning=compression_warning(lengths, smallest_compressed),
     )

@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+REPORT_NAME = "data_report.json"
 BINS = 8
 BAR = 30  # characters of the longest bar
 SHOWN = 400  # characters of the sample that are shown at each end; the JSON file holds all of it
@@ -31,6 +32,8 @@ class DataReport:
         histogram: `[from, to, rows]`, both ends included.
         compressed_share, trained_share: share of rows longer than `smallest_compressed`; share of tokens in the loss.
         dropped, evaluation_dropped: what was left out, rows by reason.
+        fingerprints: of the rows to train on and of those to evaluate on, as tokens and in their order: what decides
+            them, such as files, tokenizer and chat template, cannot change them unnoticed.
         sample: the first row decoded, as `[text, is trained]` pieces.
         notes: what is worth knowing about this data; warning: set when hardly anything would be compressed.
     """
@@ -47,6 +50,7 @@ class DataReport:
     trained_share: float
     dropped: dict[str, int]
     evaluation_dropped: dict[str, int]
+    fingerprints: dict[str, str]
     sample: list[list]
     notes: list[str] = field(default_factory=list)
     warning: str | None = None
@@ -72,7 +76,7 @@ class DataReport:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         values = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        (directory / "data_report.json").write_text(values + "\n", encoding="utf-8")
+        (directory / REPORT_NAME).write_text(values + "\n", encoding="utf-8")
         (directory / "data_report.md").write_text(self._markdown(), encoding="utf-8")
 
     def _facts(self) -> list[tuple[str, str]]:

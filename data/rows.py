@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,11 +54,20 @@ def to_dataset(rows: Sequence[Row]) -> datasets.Dataset:
     With `labels` in place the trainer has nothing left to prepare, and no setting of it decides what is trained.
     """
     blocks = [_block(rows[start : start + _BLOCK]) for start in range(0, len(rows), _BLOCK)]
-    digest = hashlib.blake2b(digest_size=8)  # of its own accord datasets pickles the whole table to name it
+    # Of its own accord datasets pickles the whole table to name it.
+    return datasets.Dataset(pa.concat_tables(blocks), fingerprint=fingerprint(rows))
+
+
+def fingerprint(rows: Sequence[Row] | Sequence[dict]) -> str:
+    """16 hexadecimal digits that tell rows and their order apart, by what is trained or by the evaluation's fields."""
+    digest = hashlib.blake2b(digest_size=8)
     for row in rows:
-        digest.update(row.input_ids)
-        digest.update(row.trained)
-    return datasets.Dataset(pa.concat_tables(blocks), fingerprint=digest.hexdigest())
+        if isinstance(row, Row):
+            digest.update(row.input_ids)
+            digest.update(row.trained)
+        else:
+            digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _block(rows: Sequence[Row]) -> pa.Table:

@@ -47,7 +47,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from train.evaluation import evaluate_run
     from train.model import load_tokenizer
     from train.publish.model_card import save_model_card
-    from train.resume.run_directory import config_of_run
+    from train.resume.run_directory import changed_rows, config_of_run
     from train.settings.defaults import with_defaults
     from train.settings.load import load_settings
 
@@ -60,6 +60,8 @@ def evaluate(options: argparse.Namespace) -> None:
     corpus = data.load(settings.data, tokenizer, settings.train.seed, settings.lrsa.dense_length)
     adapter = options.run or options.adapter
     out = Path(options.out) if options.out else Path(adapter) if Path(adapter).is_dir() else Path("runs") / adapter
+    if options.run and (changed := changed_rows(Path(options.run), corpus.report)):
+        Console(stderr=True).print(f"warning: {changed}; some rows may have been trained on", style="bold yellow")
     results = evaluate_run(settings, adapter, tokenizer, corpus.evaluation, Console(), out)
     if results and options.run and out == Path(options.run):
         save_model_card(settings, out, results)

@@ -31,6 +31,7 @@ from train.publish.model_card import save_model_card
 from train.resume.checkpoints import is_finished, newest_checkpoint, replace_text
 from train.resume.run_directory import (
     CONFIG_NAME,
+    changed_rows,
     check_run_directory,
     clear_run_directory,
     discard_results,
@@ -67,6 +68,9 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
 
     tokenizer = load_tokenizer(settings.model)
     corpus = data.load(settings.data, tokenizer, args.seed, settings.lrsa.dense_length)
+    if resume and (changed := changed_rows(directory, corpus.report)):
+        text = f"{changed}. Put that back, start afresh with --overwrite, or choose another train.output_dir"
+        raise SettingsError([Problem("", "data", text)])
     if main:
         directory.mkdir(parents=True, exist_ok=True)
         _lock = lock_run_directory(directory)  # held until this function ends

@@ -18,6 +18,7 @@ from lrsa.config import LRSAConfig
 from lrsa.evaluation.extra import extra
 from lrsa.evaluation.measure.cost import LayerCost, prefill_cost
 from lrsa.evaluation.measure.generation import check_rows, generate_answers, longest_answer
+from lrsa.evaluation.measure.normal_forms import rules_of
 from lrsa.evaluation.measure.perplexity import evaluate_loss, perplexity_of
 from lrsa.evaluation.measure.question_answering import score_question_answering
 from lrsa.evaluation.measure.retrieval import score_retrieval
@@ -75,8 +76,10 @@ def compare(
     first = next(iter(models.values()))
     read = [row["input_ids"] if task == "loss" else row["input_ids"][: row["prompt_length"]] for row in rows]
     settings = [Setting(setting, _cost(first, setting, read)) for setting in _settings(config, keep_ratios)]
-    details = _details(first, task, batch_size, max_new_tokens, seed)
     expected = None if task == "loss" else [row["answers"] for row in rows]
+    details = _details(first, task, batch_size, max_new_tokens, seed)
+    if task == "qa":
+        details["comparison"] = rules_of(answer for answers in expected for answer in answers)
     cells: dict[str, dict[str, Cell]] = {name: {} for name in models}
     total = len(models) * len(settings) * len(rows)
     with tqdm(total=total, unit="row", disable=None) if progress else nullcontext() as bar:  # None: off a terminal

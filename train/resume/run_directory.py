@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from data.report import REPORT_NAME, DataReport
 from train.model import ADAPTER_NAME
 from train.resume.checkpoints import STATE, checkpoints
 from train.settings.errors import Problem, SettingsError
@@ -20,7 +22,7 @@ PUBLISHED_NAME = "hub"  # what launch/publish.py sent or would send
 RESULTS = ("results.json", "report.md", "score_vs_keep_ratio.png", "training_losses.png")  # of an adapter
 WRITTEN = (
     *(STATE, ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", "log.jsonl", "README.md"),
-    *("data_report.json", "data_report.md", *RESULTS, "control"),
+    *(REPORT_NAME, "data_report.md", *RESULTS, "control"),
     PUBLISHED_NAME,
     CONFIG_NAME,  # last: while it is there, --resume sees which settings belong to what is left
 )
@@ -60,6 +62,27 @@ def check_run_directory(settings: RunSettings, resume: bool, overwrite: bool) ->
         )
         raise SettingsError([Problem("", "train.output_dir", text)])
     _refuse_other_settings(settings, directory)
+
+
+def changed_rows(directory: Path, report: DataReport) -> str | None:
+    """What has changed in the rows since the run in this directory began; None when they are the same, or it is new.
+
+    What was trained on before could be held out now, so that neither training nor evaluation may go on with them.
+    """
+    path = directory / REPORT_NAME
+    if not path.is_file() or not (checkpoints(directory) or (directory / ADAPTER_NAME).is_file()):
+        return None
+    before = json.loads(path.read_text(encoding="utf-8"))
+    marks = before.get("fingerprints", {})
+    changed = [name for name, mark in marks.items() if mark != report.fingerprints[name]]
+    if not changed:
+        return None
+    rows = f"{before['rows']} + {before['evaluation_rows']}, now {report.rows} + {report.evaluation_rows}"
+    names = " and to ".join({"train": "train on", "evaluation": "evaluate on"}[name] for name in changed)
+    return (
+        f"the rows to {names} are not those of the run in {shown(directory)} ({rows}): files, tokenizer or chat "
+        "template have changed"
+    )
 
 
 def clear_run_directory(directory: Path) -> None:

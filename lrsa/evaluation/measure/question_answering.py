@@ -1,13 +1,13 @@
-"""Answer F1 and exact match as SQuAD defines them, on generated answers."""
+"""Answer F1 and exact match of generated answers, as SQuAD defines them over words."""
 
 from __future__ import annotations
 
-import re
-import string
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from lrsa.evaluation.measure.generation import generate_answers
+from lrsa.evaluation.measure.normal_forms import rule_of, words
 from lrsa.evaluation.score import Score
 
 
@@ -34,10 +34,9 @@ def evaluate_question_answering(
 def score_question_answering(generated: Sequence[str], rows: Sequence[dict], seed: int = 0) -> dict[str, Score]:
     """F1 and exact match of answers that were generated before, in row order.
 
-    Only the first line counts: a model that was not trained to stop runs on, and correct answers hold no line breaks.
+    A correct answer of one line is compared with the first line alone: a model that was not trained to stop runs on.
     """
-    firsts = [answer.strip().partition("\n")[0] for answer in generated]
-    pairs = list(zip(firsts, (row["answers"] for row in rows), strict=True))
+    pairs = list(zip(generated, (row["answers"] for row in rows), strict=True))
     return {
         "f1": Score.from_rows([max(f1(answer, gold) for gold in golds) for answer, golds in pairs], "F1", seed),
         "exact_match": Score.from_rows(
@@ -46,21 +45,22 @@ def score_question_answering(generated: Sequence[str], rows: Sequence[dict], see
     }
 
 
-def normalize(text: str) -> str:
-    """SQuAD's normal form: lower case, without punctuation, articles and extra blanks."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
 def exact_match(answer: str, gold: str) -> float:
-    """1 when both have the same normal form, else 0."""
-    return float(normalize(answer) == normalize(gold))
+    """1 when both have the same words, else 0."""
+    return float(operator.eq(*_words(answer, gold)))
 
 
 def f1(answer: str, gold: str) -> float:
-    """Harmonic mean of precision and recall over the words of the normal forms, repeated words counted."""
-    words, gold_words = normalize(answer).split(), normalize(gold).split()
-    if not words or not gold_words:
-        return float(words == gold_words)
-    common = sum((Counter(words) & Counter(gold_words)).values())
-    return 2 * common / (len(words) + len(gold_words))
+    """Harmonic mean of precision and recall over the words of both, repeated words counted."""
+    answer_words, gold_words = _words(answer, gold)
+    if not answer_words or not gold_words:
+        return float(answer_words == gold_words)
+    common = sum((Counter(answer_words) & Counter(gold_words)).values())
+    return 2 * common / (len(answer_words) + len(gold_words))
+
+
+def _words(answer: str, gold: str) -> tuple[list[str], list[str]]:
+    answer, gold, rule = answer.strip(), gold.strip(), rule_of(gold)
+    if "\n" not in gold:
+        answer = answer.partition("\n")[0]
+    return words(answer, rule), words(gold, rule)

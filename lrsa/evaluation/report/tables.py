@@ -96,11 +96,13 @@ def _rich_table(title: str, rows: list[list[str]], width: int) -> Table:
 
 def _measured(results: Results) -> str:
     rows, ratios = results.rows, "the full cache only" if results.trained == "full" else f"keep ratio {results.trained}"
+    compared = results.details.get("comparison")
+    by = f" Answers are compared by {compared}; in brackets the number of correct answers." if compared else ""
     return (
         f"{rows['n']} rows of {rows['shortest']} to {rows['longest']} tokens (median {rows['median']:g}), of which "
         f"{rows['compressed_share']:.0%} are long enough to be compressed. In brackets: {CONFIDENCE:.0%} interval, "
         f"percentile bootstrap over rows with {RESAMPLES} resamples; width 0 only says that all rows scored the same. "
-        f"Trained for: {ratios}.\n\nPrefill under a compressed cache: {results.prefill}."
+        f"Trained for: {ratios}.{by}\n\nPrefill under a compressed cache: {results.prefill}."
     )
 
 
