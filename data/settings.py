@@ -20,16 +20,16 @@ class SyntheticSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     task: Literal["key_value", "passkey"] = Field(
-        "key_value", description="key_value: several facts, one is asked for; passkey: a single one."
+        "key_value", description="key_value: several facts, a question about one; passkey: one fact."
     )
-    keys: int = Field(4, ge=1, description="Facts in a key_value row, at random depths; passkey rows hold one.")
+    keys: int = Field(4, ge=1, description="Facts per key_value row, at random depths.")
     digits: int = Field(3, ge=1, description="Digits of each answer; a digit is one token.")
     questions: int = Field(
         1,
         ge=1,
-        description="Facts asked for in a key_value row that is trained, one after the other: more signal a row.",
+        description="Questions per key_value training row, each about another fact; evaluation rows have one.",
     )
-    rows: int = Field(4000, ge=1, description="Training rows that are generated (evaluation rows come on top).")
+    rows: int = Field(4000, ge=1, description="Number of training rows; evaluation rows come on top.")
 
 
 class DataSettings(BaseModel):
@@ -48,7 +48,7 @@ class DataSettings(BaseModel):
         "of these kinds, or the name of a data set on the Hugging Face Hub. Not used by synthetic.",
     )
     name: str | None = Field(None, description="Configuration (subset) of a Hub data set, for example distractor.")
-    split: str = Field("train", description="Split of a Hub data set that is trained on.")
+    split: str = Field("train", description="Split of a Hub data set to train on.")
     eval_path: str | None = Field(
         None, description="File or data set to evaluate on, instead of rows held out of path."
     )
@@ -56,20 +56,23 @@ class DataSettings(BaseModel):
     eval_rows: int = Field(
         200,
         ge=0,
-        description="Rows to evaluate on, at most. Without eval_path and eval_split they are held out of the training "
-        "data, whole passages or documents at a time. 0: no evaluation rows.",
+        description="Maximum number of evaluation rows; 0 for none. Without eval_path and eval_split they are held out "
+        "of the training data, whole passages or documents at a time.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Our column name -> the file's, for question, context, answers (qa) and text (text).",
+        description="Names of the columns in the data, where they differ: {question: ..., context: ..., answers: ...} "
+        "for qa, {text: ...} for text.",
     )
     format: Literal["auto", "squad", "hotpotqa", "generic"] = Field(
-        "auto", description="Layout of qa data; auto looks at the first record."
+        "auto", description="Layout of qa records; auto decides by the first one."
     )
     context_length: int = Field(
-        4096, ge=8, description="Most tokens a row may have: prompt, answer and end-of-text token together."
+        4096, ge=8, description="Maximum tokens per row: prompt, answer and end-of-text token together."
     )
-    max_rows: int | None = Field(None, ge=1, description="Train on a random choice of this many rows. null: on all.")
+    max_rows: int | None = Field(
+        None, ge=1, description="Maximum number of training rows, drawn at random; all when not set."
+    )
     prompt_template: str = Field(
         DEFAULT_TEMPLATE,
         description="Prompt of qa rows, with {context} and {question} once each. The blank line after {context} also "

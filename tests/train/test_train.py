@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from launch.command_line import explain
 from lrsa import LRSAConfig
 from lrsa.attention import api
 from tests.tiny_run import ROOT, launch, log_of, make_workplace
-from train.model import AdapterError, verify_adapter
 from train.settings.load import load_settings
 from train.trainer import kept_tokens
 
@@ -203,6 +202,27 @@ def test_rows_of_a_step_cannot_change_on_the_way(workplace, finished, capsys):
     assert "train.warmup_steps: was 0 when this run began, is 1" in message and "batch size" not in message
 
 
+def test_a_moved_project_is_resumed(workplace, finished, tmp_path, capsys):
+    shutil.copytree(workplace, tmp_path / "moved", ignore=shutil.ignore_patterns("checkpoint-4"))
+    run = tmp_path / "moved" / "runs" / "first"
+    (run / "adapter_model.safetensors").unlink()
+    assert f"path: {workplace}" not in (run / "config.yaml").read_text(), "local paths are relative to the file"
+    assert run_here(tmp_path / "moved", "eval.enabled=false", "eval.control=false", resume=True) == 0
+    assert [line["loss"] for line in log_of(run)] == pytest.approx([line["loss"] for line in log_of(finished[0])])
+    stored = (run / "config.yaml").read_text()
+    for old, message in [
+        (
+            "path: ../../text.jsonl",
+            "if that is the same in another place, write it into runs/first/config.yaml as well",
+        ),
+        ("name_or_path: ../../model", "where something moved, correct it there as well"),
+    ]:
+        assert old in stored
+        (run / "config.yaml").write_text(stored.replace(old, f"{old.partition(':')[0]}: /gone/away"))
+        assert run_here(tmp_path / "moved", "eval.enabled=false", "eval.control=false", resume=True) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_files_of_no_run_are_not_written_over(workplace, tmp_path, overwrite, capsys):
     (tmp_path / "README.md").write_text("mine")
@@ -269,24 +289,3 @@ def test_a_model_directory_that_cannot_be_loaded(workplace, capsys):
     (workplace / "broken" / "config.json").write_text('{"model_type": "no-such-type"}')
     assert run_here(workplace, "model.name_or_path=broken", "train.output_dir=runs/broken") == 2
     assert "cannot be loaded as a causal language model with its tokenizer: " in capsys.readouterr().err
-
-
-def test_verify_adapter_refuses_what_is_of_no_use(tmp_path):
-    up, down = "model.q_proj.lora_B.weight", "model.q_proj.lora_A.weight"
-    path = tmp_path / "adapter_model.safetensors"
-    with pytest.raises(AdapterError, match="was not written"):
-        verify_adapter(tmp_path)
-    for tensors, message in [
-        ({}, "holds no tensor"),
-        ({down: torch.ones(2, 4), up: torch.empty(0)}, r"empty tensors \(model.q_proj.lora_B.weight\).*gather_16bit"),
-        ({down: torch.ones(2, 4), up: torch.zeros(4, 2)}, "untrained: every lora_B is zero"),
-        ({down: torch.full((2, 4), float("nan")), up: torch.ones(4, 2)}, "not finite.*lora_A"),
-    ]:
-        save_file(tensors, path)
-        with pytest.raises(AdapterError, match=message):
-            verify_adapter(tmp_path)
-    path.write_bytes(b"short")
-    with pytest.raises(AdapterError, match="cannot be read"):
-        verify_adapter(tmp_path)
-    save_file({down: torch.ones(2, 4), up: torch.ones(4, 2)}, path)
-    assert verify_adapter(tmp_path) == 2

@@ -131,7 +131,11 @@ def config_of_run(directory: str) -> str:
 
 def _refuse_other_settings(settings: RunSettings, directory: Path) -> None:
     path = directory / CONFIG_NAME
-    before = load_settings(str(path), ["train.deepspeed=null"])  # that file may change or be gone
+    try:
+        before = load_settings(str(path), ["train.deepspeed=null"])  # that file may change or be gone
+    except SettingsError as error:
+        text = f"compares with the settings in {shown(path)}: where something moved, correct it there as well"
+        raise SettingsError([*error.problems, Problem("", "--resume", text)]) from error
     problems = []
     for section in (name for name in SECTIONS if name not in ("train", "eval")):
         was, now = before.to_dict()[section], settings.to_dict()[section]

@@ -238,6 +238,20 @@ def test_tokens_and_paths_deep_in_the_settings_are_left_out(tiny_copy, hub):
     assert train["lr_scheduler_kwargs"] == {"files": ["plan.txt"]}
 
 
+def test_paths_relative_to_the_run_are_taken_out_as_well(tiny_copy, hub):
+    values = parse((tiny_copy / "config.yaml").read_text()).values
+    data = values["data"]["path"]
+    for section, name in (("model", "name_or_path"), ("data", "path")):
+        values[section][name] = os.path.relpath(values[section][name], tiny_copy)
+        assert values[section][name].startswith("..")
+    (tiny_copy / "config.yaml").write_text(to_yaml(values))
+    (tiny_copy / "report.md").write_text(f"rows of {data}\n")
+    publish(tiny_copy, hub)
+    published = parse(hub.files("user/tiny")["config.yaml"]).values
+    assert (published["model"]["name_or_path"], published["data"]["path"]) == ("org/base", "text.jsonl")
+    assert hub.files("user/tiny")["report.md"] == b"rows of text.jsonl\n"
+
+
 @pytest.mark.slow
 def test_weights_that_never_arrive_end_in_an_error(tiny_copy, hub):
     """The client tries for half a minute, then gives up."""
