@@ -67,7 +67,9 @@ def load_settings(config: str, overrides: list[str] | None = None) -> RunSetting
     source = read_source(config, list(overrides or []))
     problems: dict[FieldPath, str] = {}
     values = {name: _section(source, name, problems) for name in SECTIONS}
-    problems |= _unknown_sections(source)
+    for name in [name for name in source.values if name not in SECTIONS]:
+        hint = did_you_mean(name, SECTIONS)
+        problems[(name,)] = f"unknown section{hint}; sections are {', '.join(SECTIONS)}"
     values["model"] = with_model_files(source, values["model"], problems)
     values["data"] = with_data_files(source, values["data"])
     values["train"] = check_deepspeed(source, values["train"], problems)
@@ -88,12 +90,6 @@ def _section(source: Source, name: str, problems: dict) -> dict:
     return {}
 
 
-def _unknown_sections(source: Source) -> dict[FieldPath, str]:
-    unknown = [name for name in source.values if name not in SECTIONS]
-    hint = f"sections are {', '.join(SECTIONS)}"
-    return {(name,): f"unknown section{did_you_mean(name, SECTIONS)}; {hint}" for name in unknown}
-
-
 def _build(section: str, values: dict, problems: dict):
     """An instance of a section, or None with its problems added to `problems`; the first one of a field counts."""
     model = SECTIONS[section]
@@ -101,7 +97,7 @@ def _build(section: str, values: dict, problems: dict):
     try:
         if section != "lrsa":
             return model.model_validate(values, strict=True)
-        for name in values.keys() - LRSA.keys():
+        for name in [name for name in values if name not in LRSA]:
             home = f"unknown setting here; it belongs to section {homes.get(name)}"
             problems[("lrsa", name)] = home if name in homes else unknown_setting(name, LRSA)
         return LRSAConfig(**{name: value for name, value in values.items() if name in LRSA})

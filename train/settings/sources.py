@@ -42,23 +42,25 @@ class Source:
 
     def where(self, path: FieldPath) -> str:
         """`--set`, or `file:line` of the field or of the nearest section above it that was written."""
+        line = self._line(path)
+        return "--set" if line is None else f"{shown(self.file)}:{line}" if line else shown(self.file)
+
+    def order(self, path: FieldPath) -> tuple[bool, int]:
+        """Sort key: problems of the file by line, then those of the command line."""
+        line = self._line(path)
+        return line is None, line or 0
+
+    def _line(self, path: FieldPath) -> int | None:
+        """The line of a field, 0 where nothing of it was written, None on the command line."""
         above = [path[:length] for length in range(len(path), 0, -1)]
         if any(part in self.from_command_line for part in above):
-            return "--set"
+            return None
         for part in above:
             if part in self.lines:
-                return f"{shown(self.file)}:{self.lines[part]}"
+                return self.lines[part]
             if any(written[: len(part)] == part for written in self.from_command_line):
-                return "--set"
-        return shown(self.file)
-
-    def order(self, problem_path: FieldPath) -> tuple[int, int]:
-        """Sort key: problems of the file by line, then those of the command line."""
-        where = self.where(problem_path)
-        if where == "--set":
-            return (1, 0)
-        line = where.rpartition(":")[2]
-        return (0, int(line) if line.isdigit() else 0)
+                return None
+        return 0
 
 
 def read_source(config: str, overrides: list[str]) -> Source:
