@@ -13,7 +13,7 @@ from lrsa import LRSAConfig
 from lrsa.evaluation import Results, Variant, compare, draw_training, print_report, save_report
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
 from lrsa.loading import refuse_pickle
-from train.failures import RunFailed
+from train.failures import RunFailed, first_line, is_out_of_memory
 from train.model import ADAPTER_NAME, load_model
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
@@ -62,9 +62,11 @@ def evaluate_run(
             seed=settings.train.seed,
             progress=not settings.train.disable_tqdm,
         )
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise RunFailed(
-            f"out of memory at eval.batch_size {settings.eval.batch_size}. The adapter is saved; evaluate it with "
+            f"Out of memory in the evaluation: {first_line(error)}. The adapter is saved; evaluate it with "
             f"launch/evaluate.py --run {adapter} --batch-size 1"
         ) from error
     out = Path(adapter) if out is None else out

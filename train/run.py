@@ -23,8 +23,9 @@ from train.distributed.ulysses import (
     separate_rows,
     share_rows,
 )
-from train.estimate.report import is_out_of_memory, out_of_memory
+from train.estimate.report import out_of_memory
 from train.evaluation import evaluate_run, save_training_losses
+from train.failures import is_out_of_memory
 from train.model import load_model, load_tokenizer, lora_config, verify_adapter
 from train.objective import objective_problems
 from train.publish.model_card import save_model_card

@@ -8,7 +8,7 @@ import socket
 import warnings
 from typing import TYPE_CHECKING
 
-from train.failures import RunFailed
+from train.failures import RunFailed, first_line
 from train.settings.errors import Problem, SettingsError
 
 if TYPE_CHECKING:  # importing it takes seconds, and torch with it
@@ -103,7 +103,7 @@ def _start_deepspeed(on_cpu: bool) -> None:
         except torch.distributed.DistNetworkError as error:
             raise RunFailed(
                 f"Cannot initialise the process group at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (port "
-                f"in use?): choose another port, deepspeed --master_port 29501 ... ({error})"
+                f"in use?): choose another port with deepspeed --master_port 29501 ... ({first_line(error)})"
             ) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +12,7 @@ from train.estimate.advice import helpful_changes
 from train.estimate.duration import Duration, pairs, predict_duration
 from train.estimate.memory import Memory, predict_memory
 from train.estimate.plan import Plan
-from train.failures import RunFailed
+from train.failures import RunFailed, first_line
 
 PARTS = {
     "weights": "frozen weights",
@@ -79,11 +78,6 @@ def time_line(plan: Plan) -> str | None:
     return f"about {_span(found.total)} per step{whole}, if {plan.device.name} reaches the efficiency that is assumed"
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or, where PyTorch has no type for it, a CPU had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def out_of_memory(plan: Plan | str, error: RuntimeError) -> RunFailed:
     """The error to raise instead.
 
@@ -91,7 +85,7 @@ def out_of_memory(plan: Plan | str, error: RuntimeError) -> RunFailed:
         plan: of the run that failed, or the reason why there is none.
         error: what PyTorch raised.
     """
-    lines = [f"out of memory: {str(error).splitlines()[0]}"]
+    lines = [f"out of memory: {first_line(error)}"]
     if isinstance(plan, str):
         changes = [
             "train.activation_checkpointing=true",

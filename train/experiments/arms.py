@@ -122,7 +122,7 @@ def train_arms(experiment: Experiment, jobs: int) -> None:
             )  # fmt: skip
         if done.returncode:
             tail = (directory / "output.txt").read_text(encoding="utf-8").splitlines()[-8:]
-            failed.append(f"{directory} failed:\n" + "\n".join(tail))
+            failed.append("\n".join([f"The run in {directory} failed:", *tail]))
 
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), initial=len(runs) - len(open_runs), unit="run") as bar:
         for _ in pool.map(train, open_runs):

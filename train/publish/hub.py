@@ -65,7 +65,7 @@ def send(publication: Publication, folder: Path, public: bool, message: str | No
         the address of the commit.
 
     Raises:
-        RunFailed: when the transfer broke off, or the repository does not hold every file afterwards.
+        RunFailed: when the upload broke off, or the repository does not hold every file afterwards.
     """
     repo_id = publication.repo_id
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -77,12 +77,12 @@ def send(publication: Publication, folder: Path, public: bool, message: str | No
         missing = files.keys() - set(api.list_repo_files(repo_id, revision=commit.oid))
     except Exception as error:  # HTTP status, network, or what the client wraps them in
         raise RunFailed(
-            f"{repo_id}: was not published: {_reason(error)}. One commit carries all files, so the repository has all "
-            "of them or none; the same command again completes it"
+            f"{repo_id}: upload failed: {_reason(error)}. All files are sent in one commit, so the repository has all "
+            "of them or none; run the same command again to complete it"
         ) from error
     if missing:
-        lost = ", ".join(sorted(missing))
-        raise RunFailed(f"{repo_id}: lacks {lost} after commit {commit.oid}: does a .gitignore in it name them?")
+        names = ", ".join(sorted(missing))
+        raise RunFailed(f"{repo_id} lacks {names} after commit {commit.oid}: are they in its .gitignore?")
     return commit.commit_url
 
 
@@ -107,7 +107,7 @@ def _hub_problems(publication: Publication, public: bool, api: HfApi) -> list[Pr
             text = f"is no model on the Hub that this token can see: {base}; give another with --base-model ORG/NAME"
             problems.append(Problem("", "model.name_or_path", text))
     except Exception as error:  # HTTP status or network: which classes, depends on the version of huggingface_hub
-        return [Problem("", "Hub", f"{api.endpoint} does not answer as it should: {_reason(error)}")]
+        raise RunFailed(f"The Hub at {api.endpoint} did not answer as expected: {_reason(error)}") from error
     return problems
 
 
@@ -135,4 +135,4 @@ def _visibility_problems(repo_id: str, public: bool, api: HfApi) -> list[Problem
 def _reason(error: BaseException) -> str:
     """The error with its cause, which holds what the network said."""
     causes = [error, *([error.__cause__] if error.__cause__ else [])]
-    return "; ".join(" ".join(f"{type(cause).__name__} {cause}".split()) for cause in causes)
+    return "; ".join(" ".join(f"{cause}".split()) for cause in causes)

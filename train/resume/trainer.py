@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from train.failures import ProcessLost, RunFailed, RunStopped
+from train.failures import ProcessLost, RunFailed, RunStopped, first_line, is_lost_connection
 from train.model import ADAPTER_NAME
 from train.resume.checkpoints import COMPLETE, checkpoints, damage, mark_complete, remove_damaged, remove_old
 
@@ -151,10 +151,9 @@ class ResumableTrainer(SFTTrainer):
             whole = Path(self.args.output_dir)
             if self.args.should_save:
                 remove_damaged(whole) if directory != whole else (whole / ADAPTER_NAME).unlink(missing_ok=True)
-            reason = str(error).strip().splitlines()[0]
             raise RunFailed(
-                f"{directory} could not be written after step {self.state.global_step}: {reason}. Free space if the "
-                f"disk is full. {self._last_good()}"
+                f"{directory} could not be written after step {self.state.global_step}: {first_line(error)}. "
+                f"Free space if the disk is full. {self._last_good()}"
             ) from error
 
     def _last_good(self) -> str:
@@ -182,13 +181,12 @@ def _lost_processes_told(count: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if count > 1 and ("onnection" in str(error) or isinstance(error, torch.distributed.DistError)):
-            reason = str(error).strip().splitlines()[0]
-            raise ProcessLost(
-                "another process of this run is gone (its own message, if it left one, stands above): start again with "
-                f"--resume. {reason}"
-            ) from error
-        raise
+        if count == 1 or not is_lost_connection(error):
+            raise
+        raise ProcessLost(
+            "Another process of this run died (its own message, if any, is above): start again with --resume. "
+            f"{first_line(error)}"
+        ) from error
 
 
 @contextmanager

@@ -196,7 +196,7 @@ def publish(run: Path, hub: LocalHub, **options) -> str:
 
 def test_a_commit_cut_in_the_middle_shows_nothing_and_publishing_again_completes(tiny_copy, hub):
     hub.cut["/commit/main"] = 1
-    with pytest.raises(RunFailed, match=r"(?s)user/tiny: was not published: .*the same command again completes it"):
+    with pytest.raises(RunFailed, match=r"(?s)user/tiny: upload failed: .*run the same command again to complete it"):
         publish(tiny_copy, hub)
     assert hub.files("user/tiny") == {} and hub.objects, "the weights were there, and no file could be seen"
     sent = len([asked for asked in hub.requests if asked.startswith("PUT /lfs/")])
@@ -207,7 +207,7 @@ def test_a_commit_cut_in_the_middle_shows_nothing_and_publishing_again_completes
 
 def test_a_lost_answer_to_the_commit_makes_no_second_one(tiny_copy, hub):
     hub.lost["/commit/main"] = 1
-    with pytest.raises(RunFailed, match="was not published"):
+    with pytest.raises(RunFailed, match="upload failed"):
         publish(tiny_copy, hub)
     assert "/user/tiny/commit/" in publish(tiny_copy, hub)
     assert len(hub.repos["user/tiny"]["commits"]) == 1
@@ -256,7 +256,7 @@ def test_paths_relative_to_the_run_are_taken_out_as_well(tiny_copy, hub):
 def test_weights_that_never_arrive_end_in_an_error(tiny_copy, hub):
     """The client tries for half a minute, then gives up."""
     hub.cut["PUT /lfs/"] = 100
-    with pytest.raises(RunFailed, match=r"was not published: .*Error while uploading"):
+    with pytest.raises(RunFailed, match=r"upload failed: .*Error while uploading"):
         publish(tiny_copy, hub)
     assert hub.files("user/tiny") == {}
     hub.cut.clear()

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from tests.train.publish.hub_server import TOKEN, LocalHub
+from train.failures import RunFailed
 from train.publish.hub import prepare
 from train.settings.errors import SettingsError
 
@@ -80,10 +81,10 @@ def test_all_problems_are_told_at_once(tiny_copy, hub, monkeypatch):
     assert any(line.startswith("access token: there is none: run `hf auth login`") for line in lines)
 
 
-@pytest.mark.parametrize(("token", "reason"), [("hf_wrong", "Invalid user token"), (TOKEN, "ConnectError")])
+@pytest.mark.parametrize(("token", "reason"), [("hf_wrong", "Invalid user token"), (TOKEN, "Connection refused")])
 def test_a_hub_that_does_not_answer_as_it_should(tiny_copy, hub, token, reason):
     endpoint = hub.url if token != TOKEN else "http://127.0.0.1:9"
-    with pytest.raises(SettingsError, match=rf"Hub: {endpoint} does not answer as it should: .*{reason}"):
+    with pytest.raises(RunFailed, match=rf"The Hub at {endpoint} did not answer as expected: .*{reason}"):
         prepare(tiny_copy, "user/tiny", HfApi(endpoint=endpoint, token=token), **BASE)
 
 
