@@ -77,9 +77,7 @@ def compare(
     read = [row["input_ids"] if task == "loss" else row["input_ids"][: row["prompt_length"]] for row in rows]
     settings = [Setting(setting, _cost(first, setting, read)) for setting in _settings(config, keep_ratios)]
     expected = None if task == "loss" else [row["answers"] for row in rows]
-    details = _details(first, task, batch_size, max_new_tokens, seed)
-    if task == "qa":
-        details["comparison"] = rules_of(answer for answers in expected for answer in answers)
+    details = _details(first, task, batch_size, max_new_tokens, seed, expected)
     cells: dict[str, dict[str, Cell]] = {name: {} for name in models}
     total = len(models) * len(settings) * len(rows)
     with tqdm(total=total, unit="row", disable=None) if progress else nullcontext() as bar:  # None: off a terminal
@@ -139,14 +137,15 @@ def _describe(read: list[list[int]], config: LRSAConfig) -> dict:
     }  # fmt: skip
 
 
-def _details(model, task: str, batch_size: int, max_new_tokens: int | None, seed: int) -> dict:
+def _details(model, task: str, batch_size: int, max_new_tokens: int | None, seed: int, expected) -> dict:
     lm = causal_lm(_plain(model))
     versions = {
         "lrsa": lrsa.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
         "numpy": numpy.__version__, "python": platform.python_version(),
     }  # fmt: skip
     device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else lm.device.type
-    return {
+    rules = {"comparison": rules_of(answer for answers in expected for answer in answers)} if task == "qa" else {}
+    return rules | {
         "decoding": None if task == "loss" else "greedy", "batch_size": batch_size, "max_new_tokens": max_new_tokens,
         "seed": seed, "device": device, "dtype": str(lm.dtype).removeprefix("torch."), "versions": versions,
     }  # fmt: skip
