@@ -1,11 +1,9 @@
-"""Predict memory and time of a run before it starts, LRSA against dense attention; nothing is loaded but config.json.
+"""Predict the memory of a run before it starts, LRSA against dense attention; nothing is loaded but config.json.
 
   python launch/estimate.py --config qa.yaml --gpus 8
   python launch/estimate.py --config qa.yaml --gpus 8 --device h100 --sp-size 4 --set data.context_length=131072
-  python launch/estimate.py --scaling-table            # the tables of docs/scaling.md
 
 Ends with 0 when the run fits the device, with 3 when it does not, and with 2 for a mistake in the settings.
-Device speeds and the shares of them that training reaches are assumptions (train/estimate/devices.py).
 """
 
 from __future__ import annotations
@@ -25,23 +23,18 @@ def main() -> int:
 
     environment.prepare()
     from launch.command_line import Parser, explain, run_settings
-    from train.estimate import DEVICES
+    from train.estimate.devices import DEVICES
 
     parser = Parser("estimate.py", __doc__, run_settings)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", help="a YAML file, also looked up in configs/; .yaml may be left out")
-    what.add_argument("--scaling-table", action="store_true", help="print the tables of docs/scaling.md as Markdown")
+    parser.add_argument(
+        "--config", required=True, help="a YAML file, also looked up in configs/; .yaml may be left out"
+    )
     parser.add_argument("--gpus", type=int, help="devices of the run; by default those of this machine, else 1")
     parser.add_argument("--device", choices=[*DEVICES, "cpu"], help="by default this machine's GPU, else h100")
     parser.add_argument("--sp-size", type=int, help="GPUs per sequence-parallel group, instead of parallel.sp_size")
     parser.add_argument("--zero-stage", type=int, choices=[0, 2, 3], help="instead of the file in train.deepspeed")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there as well")
     options = parser.parse_args()
-    if options.scaling_table:
-        from train.estimate.scaling import scaling_tables
-
-        print(scaling_tables(DEVICES[options.device or "h100"]), end="")
-        return 0
     fitting = []
     status = explain(lambda: fitting.append(estimate(options)))
     return status or (0 if fitting[0] else TOO_LARGE)
@@ -51,7 +44,8 @@ def estimate(options: argparse.Namespace) -> bool:
     """Print the prediction; whether the run fits."""
     from rich.console import Console
 
-    from train.estimate import DEVICES, plan_run, shape_from_settings, this_device
+    from train.estimate.devices import DEVICES, this_device
+    from train.estimate.plan import plan_run, shape_from_settings
     from train.estimate.report import fits, print_report, report_dict
     from train.settings.defaults import with_defaults
     from train.settings.load import load_settings
@@ -63,7 +57,7 @@ def estimate(options: argparse.Namespace) -> bool:
     on_cpu = options.device == "cpu" or (options.device is None and bool(settings.train.use_cpu))
     gpus = options.gpus or (0 if on_cpu else torch.cuda.device_count()) or 1
     if on_cpu or (options.device is None and torch.cuda.is_available()):
-        device = this_device(gpus, use_cpu=on_cpu, measure=True)
+        device = this_device(gpus, use_cpu=on_cpu)
     else:
         device = DEVICES[options.device or "h100"]
     settings = with_defaults(settings, use_cpu=device.on_cpu)

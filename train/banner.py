@@ -15,8 +15,9 @@ from rich.table import Table
 from data import DataReport
 from lrsa.attention.api import describe
 from lrsa.hf import sliding_windows
-from train.estimate import Plan, plan_run, shape_of, this_device
-from train.estimate.report import memory_line, time_line
+from train.estimate.devices import this_device
+from train.estimate.plan import Plan, plan_run, shape_of
+from train.estimate.report import memory_line
 from train.settings.load import RunSettings
 from train.settings.schema import ObjectiveSettings
 from train.trainer import LRSATrainer, kept_tokens
@@ -59,7 +60,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
         ("data", f"{report.rows} rows{packed}, {report.compressed_share:.1%} long enough to be compressed"),
         ("steps", f"{steps}, {steps / max(per_epoch, 1):.2f} epochs, learning rate {args.learning_rate:g}"),
         ("machine", _machine(trainer)),
-        *_predicted(settings, trainer, report, steps),
+        ("memory", _memory(settings, trainer, report)),
         ("output", str(args.output_dir)),
     ]  # fmt: skip
     positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
@@ -70,7 +71,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
 
 
 def plan_of(settings: RunSettings, trainer: LRSATrainer) -> Plan | str:
-    """What memory and time of a run are predicted from, or the reason why they cannot be."""
+    """What the memory of a run is predicted from, or the reason why it cannot be."""
     args, local = trainer.args, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = this_device(local, use_cpu=args.device.type == "cpu")
     try:
@@ -80,15 +81,11 @@ def plan_of(settings: RunSettings, trainer: LRSATrainer) -> Plan | str:
     return plan if trainer.lrsa is not None else plan.dense()
 
 
-def _predicted(settings: RunSettings, trainer: LRSATrainer, report: DataReport, steps: int) -> list[tuple[str, str]]:
-    """Predicted memory, and time where the device's speed is known."""
+def _memory(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> str:
     plan = plan_of(settings, trainer)
     if isinstance(plan, str):
-        return [("memory", f"not predicted: {plan}")]
-    if not trainer.args.packing:
-        plan = replace(plan, length=int(report.lengths["longest"]))
-    lines = [("memory", memory_line(plan)), ("time", time_line(replace(plan, steps=steps)))]
-    return [(name, text) for name, text in lines if text is not None]
+        return f"not predicted: {plan}"
+    return memory_line(plan if trainer.args.packing else replace(plan, length=int(report.lengths["longest"])))
 
 
 def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:

@@ -11,7 +11,7 @@ from train.estimate.plan import Plan, sizes_of_sequence_groups
 
 @dataclass(frozen=True)
 class Change:
-    """A change as a person would make it, the plan it leads to, and whether the model learns something else by it."""
+    """A change as a person would make it, the plan it leads to, and whether it changes what the model learns."""
 
     text: str
     plan: Plan
@@ -30,9 +30,8 @@ def helpful_changes(plan: Plan, count: int = 3) -> list[Change]:
     """The most useful changes that lower the memory: those that make it fit come first, then those that leave the
     training's result as it is, then those that save most."""
     now = predict_memory(plan).total
-    found = [change for change in _candidates(plan) if change.total < 0.99 * now]
-    fits = plan.device.memory
-    return sorted(found, key=lambda c: (c.total > fits, c.other_result, c.total))[:count]
+    changes = [change for change in _candidates(plan) if change.total < 0.99 * now]
+    return sorted(changes, key=lambda c: (c.total > plan.device.memory, c.other_result, c.total))[:count]
 
 
 def _candidates(plan: Plan) -> Iterator[Change]:
@@ -47,7 +46,7 @@ def _candidates(plan: Plan) -> Iterator[Change]:
     if plan.zero_stage < 3 and plan.gpus > 1:
         text = "train.deepspeed=deepspeed/zero3.json"
         yield Change(text, replace(plan, zero_stage=3, autocast=False))
-    yield from _more_devices_to_a_row(plan)
+    yield from _larger_groups(plan)
     half = max(plan.length // 2, 8)
     yield Change(f"data.context_length={half}", replace(plan, length=half), other_result=True)
     fewer = plan.shape.targets & {"q_proj", "v_proj"}
@@ -59,8 +58,8 @@ def _candidates(plan: Plan) -> Iterator[Change]:
         yield Change("lora.target_modules=[q_proj,v_proj]", replace(plan, shape=shape), other_result=True)
 
 
-def _more_devices_to_a_row(plan: Plan) -> Iterator[Change]:
-    """The next larger group of devices that shares a row; rows per step stay as many."""
+def _larger_groups(plan: Plan) -> Iterator[Change]:
+    """The next larger sequence-parallel group; the number of rows per step stays the same."""
     if plan.device.on_cpu:
         return
     for gpus in (plan.gpus, 2 * plan.gpus):

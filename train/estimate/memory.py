@@ -2,10 +2,11 @@
 
     weights + adapter + kept + the largest of (MLP, attention, loss) + margin
 
-"Kept" is what waits for the backward pass: with checkpointing only each layer's input. Then one of three moments is
-the fullest: the backward pass of one layer's MLP or of its attention (for which a checkpointed layer has been computed
-again), or the loss. The sizes below were read off autograd's saved tensors and checked against the allocator's events
-(tests/train/estimate/test_estimate.py). Flash attention and LRSA are both linear in the length; only details differ.
+"Kept" is what is stored for the backward pass: with checkpointing only each layer's input. Then one of three moments
+needs most: the backward pass of one layer's MLP or of its attention (for which a checkpointed layer has been
+recomputed), or the loss. The sizes below were read off autograd's saved tensors and checked against the allocator's
+events (tests/train/estimate/test_estimate.py). Flash attention and LRSA are both linear in the length; only details
+differ.
 
 Per token: `h` hidden, `m` MLP, `q` and `g` all channels of the query heads and of the KV heads, `e` bytes per element.
 """
@@ -43,7 +44,12 @@ class Memory:
     @property
     def allocated(self) -> float:
         """The most that PyTorch allocates at once."""
-        return self.weights + self.adapter + self.kept + max(self.mlp, self.attention, self.loss)
+        return self.weights + self.adapter + self.kept + getattr(self, self.largest)
+
+    @property
+    def largest(self) -> str:
+        """Which of `mlp`, `attention` and `loss` needs most."""
+        return max(("mlp", "attention", "loss"), key=lambda name: getattr(self, name))
 
     @property
     def total(self) -> float:
@@ -62,19 +68,19 @@ def predict_memory(plan: Plan) -> Memory:
     layers = min(2, plan.shape.layers) if plan.offloading else plan.shape.layers
     if plan.checkpointing:
         # In fp32 the first norm keeps the layer's input itself, which is there already.
-        again = tokens * layer - (checkpoint if plan.bytes == 4 else 0)
+        recomputed = tokens * layer - (checkpoint if plan.bytes == 4 else 0)
         kept = layers * checkpoint
     else:
-        again, kept = 0.0, layers * tokens * layer
+        recomputed, kept = 0.0, layers * tokens * layer
     if plan.selection:
-        kept += plan.shape.layers * tokens * 4 * plan.shape.kv_heads  # where the teacher looked
+        kept += plan.shape.layers * tokens * 4 * plan.shape.kv_heads  # the teacher's attention to every token
     parts = {
         "weights": _weights(plan),
         "adapter": _adapter(plan),
         "kept": kept,
-        "mlp": again + tokens * _mlp_working(plan),
+        "mlp": recomputed + tokens * _mlp_working(plan),
         # By then the MLP's part of the layer is gone.
-        "attention": max(0.0, again + tokens * (_attention_working(plan) - mlp_part)),
+        "attention": max(0.0, recomputed + tokens * (_attention_working(plan) - mlp_part)),
         "loss": _loss(plan),
     }
     allocated = Memory(**parts, margin=0.0).allocated
@@ -83,7 +89,7 @@ def predict_memory(plan: Plan) -> Memory:
 
 
 def _weights(plan: Plan) -> float:
-    """Frozen weights, or a device's part of them and what ZeRO-3 gathers for the layers at work."""
+    """Frozen weights, or a device's part of them and what ZeRO-3 gathers for the layers being computed."""
     whole = plan.shape.parameters * plan.bytes
     if plan.zero_stage < 3:
         return whole
@@ -131,15 +137,15 @@ def _adapter_inputs(plan: Plan, projections: tuple[str, ...]) -> float:
 
 
 def _mlp_working(plan: Plan) -> float:
-    """Gradients at work in the backward pass of an MLP; with autocast also the fp32 input of the adapter."""
+    """Gradients in the backward pass of an MLP; with autocast also the fp32 input of the adapter."""
     cast = plan.bytes if plan.autocast else 0
     return plan.shape.mlp * (2 * plan.bytes + cast) + plan.shape.hidden * (2 * plan.bytes + 3.5 * cast)
 
 
 def _attention_working(plan: Plan) -> float:
-    """Gradients at work in the backward pass of attention; LRSA adds them up in fp32, flash on GPUs the queries'."""
+    """Gradients in the backward pass of attention; LRSA adds them up in fp32, flash on GPUs the queries'."""
     q, g, e = plan.shape.heads * plan.shape.head_dim, _kv_channels(plan), plan.bytes
-    exchanged = 0 if plan.sp_size == 1 else e * (q + 2 * g)  # one side of an all-to-all
+    exchanged = 0 if plan.sp_size == 1 else e * (q + 2 * g)  # send or receive buffer of an all-to-all
     if plan.lrsa is None:
         return exchanged + q * (3 * e + (0 if plan.device.on_cpu else 4)) + g * 2 * e
     return exchanged + q * (4 + 3 * e) + g * (6 + 5 * e + 2 * e * plan.lrsa.keep_ratio)

@@ -1,9 +1,8 @@
-"""What memory and time of a run follow from: the model's shape, read off its modules, and the plan of the run."""
+"""What the memory of a run follows from: the model's shape, read off its modules, and the plan of the run."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 
 from lrsa import LRSAConfig
-from lrsa.hf import sliding_windows
 from train.estimate.devices import Device
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
@@ -35,7 +33,6 @@ class ModelShape:
         targets: projections that carry LoRA, such as `q_proj`.
         qk_norm: whether queries and keys are normalised, as in Qwen3.
         largest: parameters of the largest module, which ZeRO-3 gathers at once.
-        windows: sliding window of every layer in tokens, None where there is none.
     """
 
     layers: int
@@ -51,17 +48,10 @@ class ModelShape:
     targets: frozenset[str]
     qk_norm: bool
     largest: int
-    windows: tuple[int | None, ...]
 
     def width_in(self, projection: str) -> int:
         """Input channels of a projection."""
         return {"o_proj": self.heads * self.head_dim, "down_proj": self.mlp}.get(projection, self.hidden)
-
-    @property
-    def layer_weights(self) -> int:
-        """Weights of one layer's frozen projections."""
-        attention = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.hidden * (attention + 3 * self.mlp)
 
 
 @dataclass(frozen=True)
@@ -80,8 +70,6 @@ class Plan:
         live: parameters that ZeRO-3 gathers ahead, at most.
         selection, distillation: whether a step learns from these, for which the base model runs first, full cache, no
             gradients.
-        keep_ratios: that steps are trained with, one drawn for each; that of `lrsa` alone when empty.
-        steps: of the whole run, None when only the data tells.
     """
 
     shape: ModelShape
@@ -103,27 +91,15 @@ class Plan:
     live: int = 10**9
     selection: bool = False
     distillation: bool = False
-    keep_ratios: tuple[float, ...] = ()
-    steps: int | None = None
 
     @property
     def tokens(self) -> float:
         """Tokens that a device holds at a time."""
         return self.batch * self.length / self.sp_size
 
-    @property
-    def rows_per_step(self) -> int:
-        """Rows that all devices together learn from in one step."""
-        return self.batch * self.accumulation * self.gpus // self.sp_size
-
-    @property
-    def teacher(self) -> bool:
-        """Whether the base model runs in every step."""
-        return self.selection or self.distillation
-
     def dense(self) -> Plan:
         """The same run with dense attention, which learns from cross-entropy alone."""
-        return replace(self, lrsa=None, selection=False, distillation=False, keep_ratios=())
+        return replace(self, lrsa=None, selection=False, distillation=False)
 
 
 def shape_of(model: nn.Module, rank: int) -> ModelShape:
@@ -137,7 +113,7 @@ def shape_of(model: nn.Module, rank: int) -> ModelShape:
     missing = [name for name in ATTENTION + MLP if name not in names]
     if missing:
         raise ValueError(
-            f"{config.model_type} has no {', '.join(missing)}: memory and time are known for decoders with q, k, v, o, "
+            f"{config.model_type} has no {', '.join(missing)}: memory is known for decoders with q, k, v, o, "
             "gate, up and down projections (Llama, Qwen2, Qwen3, Mistral, ...)."
         )
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
@@ -157,7 +133,6 @@ def shape_of(model: nn.Module, rank: int) -> ModelShape:
         targets=frozenset(name.split(".lora_")[0].rpartition(".")[2] for name in trained),
         qk_norm="q_norm" in names,
         largest=max(sizes.values()),
-        windows=tuple(sliding_windows(config)),
     )
 
 
@@ -215,7 +190,7 @@ def plan_run(
     size = BYTES[settings.model.dtype]
     half = bool(train.bf16 or train.fp16)
     live = zero.get("stage3_max_live_parameters", 10**9)
-    plan = Plan(
+    return Plan(
         shape=shape,
         device=device,
         lrsa=settings.lrsa,
@@ -234,10 +209,8 @@ def plan_run(
         offload_weights=stage == 3 and _offloaded(zero, "offload_param"),
         selection=bool(settings.objective.selection),
         distillation=bool(settings.objective.distillation),
-        keep_ratios=tuple(settings.objective.keep_ratios or ()),
         live=live if isinstance(live, (int, float)) else 10**9,
     )
-    return replace(plan, steps=_steps(settings, plan.rows_per_step))
 
 
 def _check_division(shape: ModelShape, gpus: int, sp_size: int, selection: bool) -> None:
@@ -266,11 +239,3 @@ def _zero_optimization(deepspeed: str | dict | None) -> dict:
 
 def _offloaded(zero: dict, name: str) -> bool:
     return (zero.get(name) or {}).get("device", "none") != "none"
-
-
-def _steps(settings: RunSettings, rows_per_step: int) -> int | None:
-    train, data = settings.train, settings.data
-    if train.max_steps > 0:
-        return train.max_steps
-    rows = data.synthetic.rows if data.kind == "synthetic" else data.max_rows
-    return rows and math.ceil(rows / rows_per_step * train.num_train_epochs)

@@ -1,26 +1,24 @@
-"""A run's prediction for people: tables on the terminal, one line for the banner, JSON for programs."""
+"""Predicted memory for people: a table on the terminal, one line for the banner, JSON for programs."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from train.estimate.advice import helpful_changes
-from train.estimate.duration import Duration, pairs, predict_duration
 from train.estimate.memory import Memory, predict_memory
 from train.estimate.plan import Plan
 from train.failures import RunFailed, first_line
 
+WORKING = {"mlp": "MLP", "attention": "attention", "loss": "loss"}
 PARTS = {
     "weights": "frozen weights",
     "adapter": "LoRA: weights, gradients, AdamW",
     "kept": "activations kept for the backward pass",
-    "mlp": "at work: one MLP",
-    "attention": "at work: one attention",
-    "loss": "at work: the loss",
+    **{name: f"peak working set: {text}" for name, text in WORKING.items()},
     "margin": "margin (assumed)",
 }
 
@@ -31,51 +29,43 @@ def fits(plan: Plan) -> bool:
 
 
 def print_report(console: Console, plan: Plan) -> None:
-    """Memory and time, dense against LRSA, and what to change when it does not fit."""
-    console.print(_memory_table(plan), _time_table(plan), Text(_assumptions(plan), style="dim"), sep="\n")
-    changes = "\n".join(f"  {change}" for change in helpful_changes(plan))
+    """Memory, LRSA against dense, and what to change when it does not fit."""
+    console.print(_memory_table(plan))
+    console.print(Text(f"Every row is taken as {plan.length} tokens long.", style="dim"))
     if fits(plan):
         console.print(f"It fits: {_of_device(plan)}.", style="bold green")
-        console.print(f"What would lower it further (GiB per device):\n{changes}", markup=False, soft_wrap=True)
+        console.print("Changes that lower it further (predicted GiB per device):")
     else:
         console.print(f"It does not fit: {_of_device(plan)}.", style="bold red")
-        console.print(f"What helps most (predicted GiB per device):\n{changes}", markup=False, soft_wrap=True)
+        console.print("Changes that help most (predicted GiB per device):")
+    for change in helpful_changes(plan):
+        console.print(f"  {change}", markup=False, soft_wrap=True)
 
 
 def report_dict(plan: Plan) -> dict:
-    """The same as plain values: memory in GiB, time in seconds."""
-    sides = {}
-    for name, side in {"lrsa": plan, "dense": plan.dense()}.items():
-        seconds = predict_duration(side)
-        time = None if seconds is None else asdict(seconds) | {"step": seconds.total, "run": _run(plan, seconds)}
-        sides[name] = {"memory_gib": predict_memory(side).to_dict(), "seconds": time, "pairs": pairs(side)}
+    """The same as plain values; memory in GiB."""
     return {
         "fits": fits(plan),
         "device": plan.device.name,
         "device_gib": plan.device.memory / 2**30,
         "plan": {k: v for k, v in asdict(plan).items() if k not in ("shape", "device")},
         "changes": [{"set": c.text, "gib": c.total / 2**30} for c in helpful_changes(plan)],
-        **sides,
+        "lrsa": {"memory_gib": predict_memory(plan).to_dict()},
+        "dense": {"memory_gib": predict_memory(plan.dense()).to_dict()},
     }
 
 
 def memory_line(plan: Plan) -> str:
     """For the banner."""
-    found = predict_memory(plan)
-    working = max(found.mlp, found.attention, found.loss)
-    sizes = {"weights": found.weights, "adapter": found.adapter, "kept activations": found.kept, "at work": working}
+    memory = predict_memory(plan)
+    sizes = {
+        "weights": memory.weights,
+        "adapter": memory.adapter,
+        "kept activations": memory.kept,
+        f"peak working set ({WORKING[memory.largest]})": getattr(memory, memory.largest),
+    }
     details = ", ".join(f"{name} {_gib(size)}" for name, size in sizes.items())
-    share = f"about {_gib(found.total)} of {_gib(plan.device.memory)} GiB per device predicted"
-    return f"{share} ({details}, and a margin)"
-
-
-def time_line(plan: Plan) -> str | None:
-    """For the banner; None on a device whose speed is not known."""
-    found = predict_duration(plan)
-    if found is None:
-        return None
-    whole = "" if plan.steps is None else f", {_span(_run(plan, found))} in all"
-    return f"about {_span(found.total)} per step{whole}, if {plan.device.name} reaches the efficiency that is assumed"
+    return f"predicted {_of_device(plan)}: {details}, and a margin"
 
 
 def out_of_memory(plan: Plan | str, error: RuntimeError) -> RunFailed:
@@ -85,18 +75,18 @@ def out_of_memory(plan: Plan | str, error: RuntimeError) -> RunFailed:
         plan: of the run that failed, or the reason why there is none.
         error: what PyTorch raised.
     """
-    lines = [f"out of memory: {first_line(error)}"]
+    lines = [f"Out of memory: {first_line(error)}"]
     if isinstance(plan, str):
         changes = [
             "train.activation_checkpointing=true",
             "train.per_device_train_batch_size=1 (and a larger train.gradient_accumulation_steps)",
             "a lower data.context_length",
         ]
-        lines.append(f"memory is not predicted here: {plan}")
+        lines.append(f"Memory is not predicted here: {plan}")
     else:
         changes = helpful_changes(plan)
-        lines.append(f"memory: {memory_line(plan)}")
-    lines.append("what helps most, with the memory per device that it is predicted to need:")
+        lines.append(f"Memory: {memory_line(plan)}")
+    lines.append("Changes that help most, with the predicted memory per device:")
     return RunFailed("\n".join(lines + [f"  --set {change}" for change in changes]))
 
 
@@ -107,83 +97,29 @@ def _memory_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     both = [predict_memory(plan), predict_memory(plan.dense())]
     for name, text in PARTS.items():
-        table.add_row(text, *(_part(found, name) for found in both))
-    table.add_row("total", *(_gib(found.total) for found in both), style="bold")
-    table.caption = "Of the three at work only the largest counts; the others are in brackets."
+        table.add_row(text, *(_part(memory, name) for memory in both))
+    table.add_row("total", *(_gib(memory.total) for memory in both), style="bold")
+    table.caption = "Only the largest peak working set counts; the others are in brackets."
     return table
 
 
-def _part(found: Memory, name: str) -> str:
-    size = getattr(found, name)
-    working = ("mlp", "attention", "loss")
-    counts = name not in working or name == max(working, key=lambda other: getattr(found, other))
-    return _gib(size) if counts else f"({_gib(size)})"
-
-
-def _time_table(plan: Plan) -> Group | Table:
-    both = [predict_duration(side) for side in (plan, plan.dense())]
-    if both[0] is None:
-        return Group(Text(f"no time: the speed of {plan.device.name} is not known"))
-    table = Table(title=f"time of a step of {plan.rows_per_step} rows", title_justify="left")
-    table.add_column("")
-    for name in ("LRSA", "dense"):
-        table.add_column(name, justify="right")
-    names = {
-        "linear": "projections, LoRA, loss",
-        "attention": "attention",
-        "exchange": "all-to-all between devices",
-        "gather": "weights gathered, not hidden",
-    }
-    for name, text in names.items():
-        table.add_row(text, *(_span(getattr(found, name)) for found in both))
-    table.add_row("step", *(_span(found.total) for found in both), style="bold")
-    steps = plan.steps or 1000
-    whole = f"run of {steps} steps" if plan.steps else "1000 steps (the data decides how many)"
-    table.add_row(whole, *(_span(steps * found.total) for found in both), style="bold")
-    return table
-
-
-def _run(plan: Plan, found: Duration) -> float | None:
-    return plan.steps and plan.steps * found.total
+def _part(memory: Memory, name: str) -> str:
+    size = _gib(getattr(memory, name))
+    return f"({size})" if name in WORKING and name != memory.largest else size
 
 
 def _run_text(plan: Plan) -> str:
-    shared = f", {plan.sp_size} devices share a row" if plan.sp_size > 1 else ""
+    shared = f", sequence-parallel groups of {plan.sp_size}" if plan.sp_size > 1 else ""
     zero = f", ZeRO-{plan.zero_stage}" if plan.zero_stage else ""
-    policy = "every layer computed again" if plan.checkpointing else "no checkpointing"
+    checkpointing = "activation checkpointing" if plan.checkpointing else "no activation checkpointing"
     rows = f"{plan.batch} rows of {plan.length} tokens at a time"
-    return f"{plan.gpus} x {plan.device.name}{zero}{shared}, {rows}, {policy}"
-
-
-def _assumptions(plan: Plan) -> str:
-    device, ratio = plan.device, pairs(plan.dense()) / pairs(plan)
-    lines = [
-        f"Every row is taken as {plan.length} tokens long. LRSA attention: at most {ratio:.2f} times dense's speed."
-    ]
-    if plan.teacher:
-        lines.append("Each step of LRSA also runs the base model with its full cache, the teacher; dense has none.")
-    if plan.keep_ratios:
-        lines.append(f"Steps draw keep ratios {', '.join(f'{r:g}' for r in plan.keep_ratios)}; times are their mean.")
-    if device.flops is not None:
-        what = "measured by a matrix product" if device.on_cpu else "of the data sheet"
-        lines.append(
-            f"Assumed, not measured: layers reach {device.linear:.0%} and flash attention {device.attention:.0%} of "
-            f"{device.flops / 1e12:.3g} TFLOP/s ({what}), and LRSA 87% of what its pairs allow."
-        )
-    return "\n".join(lines)
+    return f"{plan.gpus} x {plan.device.name}{zero}{shared}, {rows}, {checkpointing}"
 
 
 def _of_device(plan: Plan) -> str:
-    return f"{_gib(predict_memory(plan).total)} of {_gib(plan.device.memory)} GiB on {plan.device.name}"
+    return f"{_gib(predict_memory(plan).total)} of {_gib(plan.device.memory)} GiB per {plan.device.name}"
 
 
 def _gib(size: float) -> str:
     gib = size / 2**30
     return f"{gib:.1f}" if gib >= 1 else f"{gib:.3f}"
-
-
-def _span(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.2f} s"
