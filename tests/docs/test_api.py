@@ -15,33 +15,10 @@ def test_it_has_every_public_name():
     assert sorted(headings) == sorted(lrsa.__all__ + lrsa.evaluation.__all__)
 
 
-def example(number: int, *rest, unit: str = "token", **options) -> str:
-    """Do it.
-
-        example(1)
-
-    Args:
-        number: how many,
-            and more: of it.
-        rest, unit: the others.
-
-    Returns:
-        What was done,
-        in one line.
-
-    Source: nowhere.
-    """
-
-
-def test_signatures_and_sections():
-    line = "example(number: int, *rest, unit: str = 'token', **options) -> str"
-    assert api.signature("example", example) == line
-    wide = api.signature("example", example, width=20).splitlines()
-    assert wide[1] == "    number: int," and wide[-1] == ") -> str" and len(wide) == 6
-    assert api.prose(example.__doc__) == (
-        "Do it.\n\n    example(1)\n\n**Args**\n\n- `number`: how many,\n  and more: of it.\n"
-        "- `rest, unit`: the others.\n\n**Returns**\n\nWhat was done,\nin one line.\n\nSource: nowhere."
-    )
+def test_a_function_has_its_signature_and_its_whole_docstring():
+    text = api.entry("select_tokens", lrsa.select_tokens)
+    assert "select_tokens(keys: torch.Tensor, values: torch.Tensor, config: LRSAConfig) -> Selection" in text
+    assert "Returns:" in text and "Source: LagKV" in text
 
 
 def test_members_are_those_a_class_adds():
