@@ -15,6 +15,7 @@ from data.settings import DataSettings
 from data.sources.files import DataError
 from data.synthetic.rows import synthetic_rows
 from data.text import text_rows
+from lrsa import PromptFormat
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Corpus:
             `input_ids[:prompt_length]` is the prompt as training rows have it (BOS or chat template included) and
             the rest the first answer with its end; for text `{"input_ids"}`.
         report: what the rows look like.
+        prompt: what stands around prompts and answers of these rows.
     """
 
     train: datasets.Dataset
     evaluation: list[dict]
     report: DataReport
+    prompt: PromptFormat
 
 
 def load(settings: DataSettings, tokenizer, seed: int, smallest_compressed: int) -> Corpus:
@@ -45,8 +48,9 @@ def load(settings: DataSettings, tokenizer, seed: int, smallest_compressed: int)
     Raises:
         DataError: data that is missing, empty, or not in the layout that the settings say; it says what to change.
     """
-    make = {"qa": question_answering_rows, "text": text_rows, "synthetic": synthetic_rows}[settings.kind]
-    rows = make(settings, tokenizer, seed)
+    prompt = prompt_format(settings, tokenizer)
+    make = {"qa": question_answering_rows, "synthetic": synthetic_rows}.get(settings.kind)
+    rows = text_rows(settings, tokenizer, seed) if make is None else make(settings, tokenizer, seed, prompt)
     if not rows.train:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in _counted(rows.dropped).items())
         raise DataError(f"data: {rows.source} leaves no row to train on. Dropped: {reasons or 'nothing'}.")
@@ -58,7 +62,20 @@ def load(settings: DataSettings, tokenizer, seed: int, smallest_compressed: int)
         rows.notes.append(
             f"{len(rows.evaluation)} evaluation rows could be had, of data.eval_rows = {settings.eval_rows}"
         )
-    return Corpus(to_dataset(rows.train), rows.evaluation, _report(rows, settings, tokenizer, smallest_compressed))
+    report = _report(rows, settings, tokenizer, smallest_compressed)
+    return Corpus(to_dataset(rows.train), rows.evaluation, report, prompt)
+
+
+def prompt_format(settings: DataSettings, tokenizer) -> PromptFormat:
+    """What stands around prompts and answers: that of the chat template, but for text, where no one is asked.
+
+    Raises:
+        DataError: when the chat template cannot be used.
+    """
+    try:
+        return PromptFormat.plain(tokenizer) if settings.kind == "text" else PromptFormat.of(tokenizer)
+    except ValueError as error:
+        raise DataError(f"data.kind {settings.kind}: {error}") from error
 
 
 def _report(rows: Rows, settings: DataSettings, tokenizer, smallest_compressed: int) -> DataReport:

@@ -11,9 +11,9 @@ import numpy as np
 
 from data.encoding import Encoder
 from data.progress import progress
-from data.prompt import turn_of
 from data.questions import Question
 from data.rows import Row
+from lrsa import PromptFormat
 
 TOO_LONG = "gold passage, question and answer are longer than context_length"
 _MISSES = 32  # passages that did not fit before a row counts as full
@@ -45,15 +45,22 @@ class LongContexts:
     after this blank.
 
     Args:
+        turn: what stands around the prompt and the answer.
         shuffle: whether the passages of a row are shuffled; None: unless they are pages, which stay together in order.
     """
 
     def __init__(
-        self, encoder: Encoder, template: str, passages: Sequence[str], context_length: int, shuffle: bool | None
+        self,
+        encoder: Encoder,
+        turn: PromptFormat,
+        template: str,
+        passages: Sequence[str],
+        context_length: int,
+        shuffle: bool | None,
     ):
         self.encoder, self.passages, self.context_length = encoder, passages, context_length
         self.shuffle = shuffle
-        self.turn = turn_of(encoder.tokenizer)
+        self.turn = turn
         head, after_context = template.split("{context}")
         tail = after_context.lstrip()
         self.separator = after_context[: len(after_context) - len(tail)]

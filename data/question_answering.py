@@ -14,12 +14,13 @@ from data.rows import EVALUATED, NOT_CHOSEN, Rows, chosen
 from data.settings import DataSettings
 from data.sources.files import DataError
 from data.sources.records import evaluation_source, read_evaluation_records, read_records
+from lrsa import PromptFormat
 
 _POOL = 8192  # passages that distractors come from: enough for rows of a million tokens, few enough to tokenize
 _CHECKED = 16  # rows whose prompt is tokenized in one piece, to compare
 
 
-def question_answering_rows(settings: DataSettings, tokenizer, seed: int) -> Rows:
+def question_answering_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat) -> Rows:
     """Rows of questions over long contexts.
 
     No passage that answers an evaluation row is in any training row, not even as a distractor. The distractors of
@@ -32,7 +33,7 @@ def question_answering_rows(settings: DataSettings, tokenizer, seed: int) -> Row
     passages = DistinctTexts()
     train, evaluation, fill = _read(settings, passages, result)
     template, shuffle = settings.prompt_template, settings.shuffle_passages
-    contexts = LongContexts(Encoder(tokenizer), template, passages.texts, settings.context_length, shuffle)
+    contexts = LongContexts(Encoder(tokenizer), turn, template, passages.texts, settings.context_length, shuffle)
     rng = np.random.default_rng([seed, 0])
     if evaluation is None:
         train, evaluation = _held_out(train, contexts, settings, rng, result)

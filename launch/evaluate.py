@@ -63,6 +63,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.run and (changed := changed_rows(Path(options.run), corpus.report)):
         Console(stderr=True).print(f"warning: {changed}; some rows may have been trained on", style="bold yellow")
     results = evaluate_run(settings, adapter, tokenizer, corpus.evaluation, Console(), out)
+    if options.run:
+        corpus.prompt.save_pretrained(options.run)
     if results and options.run and out == Path(options.run):
         save_model_card(settings, out, results)
 

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 from lrsa.cache import LRSACache
 from lrsa.config import LRSAConfig
 from lrsa.hf import apply_lrsa, config_of
+from lrsa.prompt import PromptFormat
 
 
 class Loaded(NamedTuple):
@@ -29,6 +30,8 @@ def load(source: str | Path, config: LRSAConfig | None = None, revision: str | N
         model, tokenizer, new_cache = lrsa.load("user/adapter")
         inputs = tokenizer(prompt, return_tensors="pt")
         model.generate(**inputs, past_key_values=new_cache(), max_new_tokens=100)
+
+    Generation stops where training ended answers; `PromptFormat.from_pretrained(source)` makes the prompts of training.
 
     Nothing that comes with an adapter or a model is run: weights are read from safetensors only, and a model whose
     repository brings Python code is refused, unless `trust_remote_code=True` or `use_safetensors=False` is given.
@@ -48,7 +51,8 @@ def load(source: str | Path, config: LRSAConfig | None = None, revision: str | N
     options = {"trust_remote_code": False, "use_safetensors": True} | model_options
     hub = {name: options[name] for name in ("token", "cache_dir", "local_files_only") if name in options}
     tokenizer_options = hub | {"trust_remote_code": options["trust_remote_code"]}
-    adapter = _adapter(str(source), hub | {"revision": revision})
+    found = hub | {"revision": revision}
+    adapter = _adapter(str(source), found)
     if adapter is None:
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision or "main", **options)
         # Merging keeps the settings inside the model's own configuration.
@@ -68,6 +72,9 @@ def load(source: str | Path, config: LRSAConfig | None = None, revision: str | N
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(**base, **options), adapter)
         own = {"pretrained_model_name_or_path": adapter} if (adapter / "tokenizer_config.json").is_file() else base
         tokenizer = AutoTokenizer.from_pretrained(**own, **tokenizer_options)
+    prompt = PromptFormat.from_pretrained(source if adapter is None else adapter, **({} if adapter else found))
+    if prompt is not None:
+        prompt.add_end_to(model.generation_config)
     return Loaded(apply_lrsa(model, config).eval(), tokenizer, lambda: LRSACache(config))
 
 

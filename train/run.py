@@ -88,6 +88,7 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
 
     environment.stop()
     if main:
+        corpus.prompt.save_pretrained(directory)
         save_training_losses(directory, directory)  # also where nothing is evaluated: the model card shows them
         evaluated = settings.eval.enabled
         results = evaluate_run(settings, directory, tokenizer, corpus.evaluation, console) if evaluated else None

@@ -8,14 +8,14 @@ import numpy as np
 
 from data.encoding import Encoder
 from data.progress import progress
-from data.prompt import turn_of
 from data.rows import Row, Rows
 from data.settings import DataSettings
 from data.sources.files import DataError
 from data.synthetic import text as synthetic
+from lrsa import PromptFormat
 
 
-def synthetic_rows(settings: DataSettings, tokenizer, seed: int) -> Rows:
+def synthetic_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat) -> Rows:
     """Generated rows, as near below `context_length` as whole words allow.
 
     Raises:
@@ -24,9 +24,9 @@ def synthetic_rows(settings: DataSettings, tokenizer, seed: int) -> Rows:
     task = settings.synthetic
     count = min(task.rows, settings.max_rows or task.rows)
     result = Rows(source=f"synthetic {task.task}")
-    training = _rows(settings, tokenizer, count, random.Random(f"{seed} train"), task.questions)
+    training = _rows(settings, tokenizer, turn, count, random.Random(f"{seed} train"), task.questions)
     result.train = [row for row, _ in training]
-    evaluation = _rows(settings, tokenizer, settings.eval_rows, random.Random(f"{seed} evaluation"), questions=1)
+    evaluation = _rows(settings, tokenizer, turn, settings.eval_rows, random.Random(f"{seed} evaluation"), questions=1)
     result.evaluation = [
         {**example, "input_ids": row.input_ids.tolist(), "prompt_length": row.prompt_length}
         for row, example in evaluation
@@ -34,9 +34,11 @@ def synthetic_rows(settings: DataSettings, tokenizer, seed: int) -> Rows:
     return result
 
 
-def _rows(settings: DataSettings, tokenizer, count: int, rng: random.Random, questions: int) -> list[tuple[Row, dict]]:
+def _rows(
+    settings: DataSettings, tokenizer, turn: PromptFormat, count: int, rng: random.Random, questions: int
+) -> list[tuple[Row, dict]]:
     """Rows and what they were made from: the prompt with everything around it, and its answers."""
-    turn, encoder = turn_of(tokenizer), Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     room, rows = settings.context_length, []
     for _ in progress(range(count), "generating rows"):
         while True:

@@ -78,8 +78,16 @@ class LRSALM(HFLM):
         elif keep_ratio is not None:
             config = new_cache().config.with_keep_ratio(keep_ratio)
             lrsa.apply_lrsa(model, config)
+        self.prompt_format = lrsa.PromptFormat.from_pretrained(pretrained)
         self.new_cache = None if cache == "full" else lambda: lrsa.LRSACache(model.config.lrsa)
         super().__init__(model, backend="causal", **({"tokenizer": tokenizer} | measuring))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A single question is put as training put it, whatever the template writes for generation."""
+        alone = len(chat_history) == 1 and chat_history[0]["role"] == "user" and add_generation_prompt
+        if self.prompt_format is not None and alone:
+            return self.prompt_format.prompt(chat_history[0]["content"])
+        return super().apply_chat_template(chat_history, add_generation_prompt)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options) -> torch.Tensor:
         if self.new_cache is not None:

@@ -104,7 +104,7 @@ def test_evaluation_rows_carry_all_answers_and_the_prompt_of_training(squad, byt
 
 
 def test_the_chat_template_goes_around_the_prompt(squad, byte_tokenizer):
-    from tests.data.test_prompt import CHATML, with_template
+    from tests.lrsa.test_prompt import CHATML, with_template
 
     tokenizer = with_template(byte_tokenizer, CHATML)
     corpus = load(squad, tokenizer)
@@ -274,7 +274,7 @@ def test_passages_in_another_writing_are_not_trained_on_and_held_out(squad, byte
 
 @pytest.mark.parametrize("template", [False, True], ids=["plain", "chat"])
 def test_control_tokens_in_data_do_not_end_a_turn(template, tmp_path, byte_tokenizer):
-    from tests.data.test_prompt import INST, with_template
+    from tests.lrsa.test_prompt import INST, with_template
 
     tokenizer = with_template(byte_tokenizer, INST) if template else byte_tokenizer
     records = [

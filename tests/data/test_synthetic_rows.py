@@ -3,7 +3,7 @@ import re
 import pytest
 
 import data
-from tests.data.test_prompt import CHATML, with_template
+from tests.lrsa.test_prompt import CHATML, with_template
 
 
 def load(tokenizer, seed=0, eval_rows=5, context_length=200, **synthetic) -> data.Corpus:

@@ -29,29 +29,23 @@ import lrsa
 
 model, tokenizer, new_cache = lrsa.load({source})
 prompt = {prompt}
-{inputs}
+inputs = lrsa.PromptFormat.from_pretrained({source}).encode(tokenizer, prompt).to(model.device)
 output = model.generate(**inputs, past_key_values=new_cache(), max_new_tokens=100)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
-
-PLAIN = 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)'
-
-CHAT = """\
-messages = [{"role": "user", "content": prompt}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-inputs = inputs.to(model.device)"""
 
 CUSTOM_GENERATE = """\
 Or with transformers' own loading, `generate` then taking its decoding from this repository (`custom_generate/`, which
 needs `lrsa` too):
 
 ```python
+import lrsa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({source})
 tokenizer = AutoTokenizer.from_pretrained({source})
 prompt = {prompt}
-{inputs}
+inputs = lrsa.PromptFormat.from_pretrained({source}).encode(tokenizer, prompt).to(model.device)
 output = model.generate(**inputs, custom_generate={source}, trust_remote_code=True, max_new_tokens=100)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
@@ -83,7 +77,7 @@ def model_card(
 
     Args:
         settings: of the run; `model.name_or_path` is the card's base model where it is a Hub id.
-        directory: of the run; a chat template beside its tokenizer decides how the code sample asks.
+        directory: of the run.
         results: of the run's evaluation, or None when there was none, which the card then says.
         repo_id: where the card is published; without it the card is that of the directory.
         license: the Hub's identifier of a licence; left out when not given, because a run does not know it.
@@ -100,7 +94,7 @@ def model_card(
         model_name=name,
         eval_results=eval_results(settings, results) if results else None,
     )
-    sample = _sample(settings, directory, repo_id or str(directory))
+    sample = _sample(settings, repo_id or str(directory))
     sections = [
         f"# {name}",
         _about(settings),
@@ -167,17 +161,16 @@ def _about(settings: RunSettings) -> str:
     return ABOUT.format(base=linked, keep_ratio=config.keep_ratio, dense=dense, **config)
 
 
-def _sample(settings: RunSettings, directory: Path, source: str) -> dict[str, str]:
-    """Source, prompt and tokenization of the code samples; a question is put as the training rows put it."""
+def _sample(settings: RunSettings, source: str) -> dict[str, str]:
+    """Source and prompt of the code samples; a question is put as the training rows put it."""
     prompt, data = "Once upon a time", settings.data
     if data.kind == "qa":
         prompt = data.prompt_template.replace("{context}", "The river was found by Anna.\n\nBen stayed at home.")
         prompt = prompt.replace("{question}", "Who found the river?")
     elif data.kind == "synthetic":
         prompt = "code amber 4 8 2 . again air all along code amber"
-    chat = data.kind == "qa" and (directory / "chat_template.jinja").is_file()
     source, prompt = (json.dumps(text, ensure_ascii=False) for text in (source, prompt))
-    return {"source": source, "prompt": prompt, "inputs": CHAT if chat else PLAIN}
+    return {"source": source, "prompt": prompt}
 
 
 def _evaluation(results: Results | None) -> str:

@@ -7,8 +7,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrsa import LRSAConfig
+from lrsa import LRSAConfig, PromptFormat
 from lrsa.evaluation import Results
+from lrsa.prompt import PROMPT_NAME
 from train.model import ADAPTER_NAME, AdapterError, verify_adapter
 from train.publish.model_card import CARD_NAME, hub_id, model_card
 from train.publish.redaction import Redaction, remaining_paths
@@ -19,9 +20,10 @@ from train.settings.sources import parse
 
 # Of a run's directory, beside config.yaml and the card; the tokenizer under all the names that transformers gives it.
 FILES = (
-    *(ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", "results.json", "report.md", "data_report.md", "*.png"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.*", "merges.txt", "*.model"),
+    *(ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", PROMPT_NAME),
+    *("results.json", "report.md", "data_report.md", "*.png"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", "vocab.*", "merges.txt", "*.model"),
 )
 BINARY = (".safetensors", ".png", ".model")
 CUSTOM_GENERATE = Path(__file__).parent / "custom_generate" / "generate.py"
@@ -35,6 +37,7 @@ class Publication:
     repo_id: str
     settings: RunSettings
     lrsa: LRSAConfig
+    prompt: PromptFormat
     results: Results
 
     @property
@@ -59,6 +62,7 @@ def read_run(run: Path, repo_id: str, base_model: str | None, problems: list[Pro
         "settings": lambda: _settings(run, base_model),
         "adapter": lambda: verify_adapter(run),
         "lrsa": lambda: LRSAConfig.from_pretrained(run),
+        "prompt": lambda: _prompt(run),
         "results": lambda: _results(run),
     }
     for name, read in readers.items():
@@ -70,7 +74,7 @@ def read_run(run: Path, repo_id: str, base_model: str | None, problems: list[Pro
             problems.append(Problem("", "", str(error)))
     if problems:
         raise SettingsError(problems)
-    return Publication(run, repo_id, found["settings"], found["lrsa"], found["results"])
+    return Publication(run, repo_id, found["settings"], found["lrsa"], found["prompt"], found["results"])
 
 
 def write_folder(publication: Publication, license: str | None = None) -> Path:
@@ -89,15 +93,16 @@ def write_folder(publication: Publication, license: str | None = None) -> Path:
         if path.suffix in BINARY:
             shutil.copyfile(path, folder / path.name)
         else:
-            texts[path.name] = redaction.text(path.read_text(encoding="utf-8"))
+            texts[str(path.relative_to(run))] = redaction.text(path.read_text(encoding="utf-8"))
     adapter_config = json.loads(texts["adapter_config.json"]) | {"base_model_name_or_path": publication.base_model}
     texts["adapter_config.json"] = json.dumps(adapter_config, indent=2, sort_keys=True) + "\n"
     card = model_card(publication.settings, run, publication.results, repo_id=publication.repo_id, license=license)
-    texts |= {CARD_NAME: str(card)} | _custom_generate(publication.lrsa)
+    texts |= {CARD_NAME: str(card)} | _custom_generate(publication.lrsa, publication.prompt)
     problems = [problem for name, text in texts.items() for problem in remaining_paths(name, text, run)]
     if problems:
         raise SettingsError(problems)
     for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     return folder
 
@@ -116,6 +121,13 @@ def _settings(run: Path, base_model: str | None) -> RunSettings:
     return settings
 
 
+def _prompt(run: Path) -> PromptFormat:
+    prompt = PromptFormat.from_pretrained(run)
+    if prompt is None:
+        raise ValueError(f"{run} holds no {PROMPT_NAME}: launch/evaluate.py --run {run} writes it")
+    return prompt
+
+
 def _results(run: Path) -> Results:
     try:
         return Results.load(run)
@@ -123,8 +135,9 @@ def _results(run: Path) -> Results:
         raise ValueError(f"{error}: measure the adapter with launch/evaluate.py --run {run}") from error
 
 
-def _custom_generate(config: LRSAConfig) -> dict[str, str]:
+def _custom_generate(config: LRSAConfig, prompt: PromptFormat) -> dict[str, str]:
     """`custom_generate/` as transformers loads it, with the settings of the adapter."""
     settings = f"# lrsa_config.json of this repository, as it was published.\nSETTINGS = {config.to_dict()}\n"
+    settings += f"# Where training ended answers.\nEND = {prompt.end}\n"
     source = CUSTOM_GENERATE.read_text(encoding="utf-8")
     return {"custom_generate/generate.py": source, "custom_generate/settings.py": settings}

@@ -52,6 +52,16 @@ def rows(loaded):
     return [key_value_row(rng, loaded.tokenizer, length) for length in (34, 70, 100, 131, 160, 200, 230, 256)]
 
 
+def test_a_question_is_put_as_training_put_it(loaded, tmp_path):
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    CONFIG.save_pretrained(tmp_path)
+    lrsa.PromptFormat("BEFORE ", " BETWEEN", "", "the", 17).save_pretrained(tmp_path)
+    lm = LRSALM(str(tmp_path))
+    assert lm.apply_chat_template([{"role": "user", "content": "Q"}]) == "BEFORE Q BETWEEN"
+    assert 17 in lm.model.generation_config.eos_token_id
+
+
 def ask(lm, rows):
     options = {"max_gen_toks": 3, "do_sample": False, "until": []}
     requests = [Instance("generate_until", row, (row["prompt"], dict(options)), i) for i, row in enumerate(rows)]

@@ -19,10 +19,17 @@ GENERATE = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad
 
 
 @pytest.fixture
-def folder(tiny_copy, monkeypatch, tmp_path) -> str:
-    """What would be published, loaded by transformers as local code."""
+def local_code(monkeypatch, tmp_path):
+    """transformers copies code here before it runs it, and has not run any yet."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.fixture
+def folder(tiny_copy, local_code) -> str:
+    """What would be published, loaded by transformers as local code."""
     return str(prepare(tiny_copy, "user/tiny", None, base_model="org/base")[1])
 
 
@@ -49,6 +56,24 @@ def test_custom_generate_takes_generate_s_arguments_and_its_own_cache_only(folde
         lm.generate(ids, **{CACHE_ARGUMENT: DynamicCache()}, **options)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         lm.generate(ids, custom_generate=folder, trust_remote_code=False)
+
+
+def test_custom_generate_stops_where_training_ended_answers(tiny_copy, tiny_run, local_code):
+    """The end of turn is neither the base's nor the tokenizer's end of text, as with Qwen2.5's base models."""
+    model, _, new_cache = lrsa.load(tiny_run)
+    ids = torch.randint(3, 300, (1, LENGTH), generator=torch.Generator().manual_seed(2))
+    free = model.generate(ids, **{CACHE_ARGUMENT: new_cache()}, **GENERATE)[0, LENGTH:].tolist()
+    prompt = json.loads((tiny_copy / "lrsa_prompt.json").read_text())
+    assert prompt["end"] == 1 and free[5] != 1
+    (tiny_copy / "lrsa_prompt.json").write_text(json.dumps(prompt | {"end": free[5]}))
+    folder = str(prepare(tiny_copy, "user/tiny", None, base_model="org/base")[1])
+    options = {name: value for name, value in GENERATE.items() if name != "eos_token_id"}
+    options |= {"custom_generate": folder, "trust_remote_code": True}
+    found = model.get_base_model().generate(ids, **options)[0, LENGTH:].tolist()
+    assert found == free[: free.index(free[5]) + 1]
+    loaded, _, new_cache = lrsa.load(tiny_copy)
+    del options["custom_generate"], options["trust_remote_code"]
+    assert loaded.generate(ids, **{CACHE_ARGUMENT: new_cache()}, **options)[0, LENGTH:].tolist() == found
 
 
 class NotInstalled:

@@ -70,10 +70,7 @@ def test_a_run_without_evaluation_says_so(tiny_run):
 
 
 @pytest.mark.parametrize("config", ["qa.yaml", "text.yaml", "quickstart.yaml"])
-@pytest.mark.parametrize("chat", [False, True])
-def test_code_samples_ask_as_the_training_rows_do(config, chat, tmp_path):
-    if chat:
-        (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+def test_code_samples_ask_as_the_training_rows_do(config, tmp_path):
     template = 'Say "{question}" of:\n\n{context}\n\nAnswer:'
     settings = settings_of(config, f"data.prompt_template={json.dumps(template)}")
     samples = code_of(model_card(settings, tmp_path, None, repo_id="user/name"))
@@ -87,7 +84,7 @@ def test_code_samples_ask_as_the_training_rows_do(config, chat, tmp_path):
         prompt = ast.literal_eval(assigned["prompt"])
         if config == "qa.yaml":
             assert prompt.startswith('Say "Who found the river?" of:\n\nThe river') and prompt.endswith("\n\nAnswer:")
-        assert ("apply_chat_template" in code) == (chat and config == "qa.yaml")
+        assert 'lrsa.PromptFormat.from_pretrained("user/name").encode(tokenizer, prompt)' in code
 
 
 def test_the_hub_s_validation_accepts_the_card_and_refuses_a_broken_one(tiny_run, monkeypatch):

@@ -119,7 +119,14 @@ def test_one_private_commit_holds_everything(published, tiny_run):
     assert hub.repos["user/tiny"]["private"] and len(hub.repos["user/tiny"]["commits"]) == 1
     assert set(hub.files("user/tiny")) == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "data_report.md"),
-        *("lrsa_config.json", "report.md", "results.json", "score_vs_keep_ratio.png", "training_losses.png"),
+        *(
+            "lrsa_config.json",
+            "lrsa_prompt.json",
+            "report.md",
+            "results.json",
+            "score_vs_keep_ratio.png",
+            "training_losses.png",
+        ),
         *("tokenizer.json", "tokenizer_config.json"),
         *("custom_generate/generate.py", "custom_generate/settings.py"),
     }
@@ -166,7 +173,7 @@ def test_custom_generate_from_the_hub_gives_the_tokens_of_the_cache(published, t
 def test_the_code_samples_of_the_card_run_as_pasted(published, tiny_run):
     _, _, _, found = published
     model, tokenizer, new_cache = lrsa.load(tiny_run)
-    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    inputs = tokenizer("<s>Once upon a time", return_tensors="pt")  # with the BOS of the training rows
     tokens = model.generate(**inputs, past_key_values=new_cache(), max_new_tokens=100)
     expected = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert found["printed"] == [f"{expected}\n"] * 2 and expected.strip()

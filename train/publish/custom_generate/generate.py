@@ -9,7 +9,7 @@ written when the adapter was published. Needs `pip install lrsa`.
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT
 
-from .settings import SETTINGS
+from .settings import END, SETTINGS
 
 
 def generate(model, cache=None, past_key_values=None, **arguments):
@@ -30,6 +30,10 @@ def generate(model, cache=None, past_key_values=None, **arguments):
     if not isinstance(held, LRSACache):
         raise ValueError(f"{CACHE_ARGUMENT} must be an lrsa.LRSACache, got {type(held).__name__}: leave it out.")
     arguments[CACHE_ARGUMENT] = held
+    if END is not None and arguments.get("generation_config") is None and "eos_token_id" not in arguments:
+        known = model.generation_config.eos_token_id
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        arguments["eos_token_id"] = [*known, END]  # where training ended answers
     if model.config._attn_implementation == "lrsa":
         return _generate(model, **arguments)
     apply_lrsa(model, config)
