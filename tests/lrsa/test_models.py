@@ -1,6 +1,6 @@
-"""Which models work: a tiny random one of each family, and README's table of them.
+"""Which models work: a tiny random one of each family, and the table of them in docs/models.md.
 
-python -m tests.lrsa.test_models    puts that table into README.md
+python -m tests.lrsa.test_models    puts that table into docs/models.md
 """
 
 import logging
@@ -18,7 +18,7 @@ from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT, LRSACache, compressed, sliding
 from tests.lrsa.cache.feeding import close, over_cache, padded
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 MARKERS = ("<!-- models: made by `python -m tests.lrsa.test_models` -->\n", "\n<!-- end of models -->")
 CONFIG = LRSAConfig(3, 8, 2)
 WINDOW = 12
@@ -129,7 +129,7 @@ families = pytest.mark.parametrize("family", WORKING, ids=lambda family: family.
 
 
 def table() -> str:
-    """README's table, from the list above."""
+    """The table, from the list above."""
     lines = ["| model | | layers with a sliding window | |", "|---|---|---|---|"]
     for family in FAMILIES:
         slides = {0: "", 4: "all"}.get(family.slides, "keep it; the others are compressed")
@@ -140,14 +140,14 @@ def table() -> str:
 
 
 def documented() -> tuple[str, str, str]:
-    """README in front of the table, the table, and what follows."""
-    before, rest = README.read_text(encoding="utf-8").split(MARKERS[0])
+    """The page in front of the table, the table, and what follows."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKERS[0])
     found, after = rest.split(MARKERS[1])
     return before, found, after
 
 
-def test_readme_shows_the_table():
-    assert documented()[1] == table(), "README's table of models is out of date: run python -m tests.lrsa.test_models"
+def test_the_page_shows_the_table():
+    assert documented()[1] == table(), "docs/models.md is out of date: run python -m tests.lrsa.test_models"
 
 
 @families
@@ -270,4 +270,4 @@ def test_a_pattern_of_the_models_own_is_refused(option):
 
 if __name__ == "__main__":
     before, _, after = documented()
-    README.write_text(before + MARKERS[0] + table() + MARKERS[1] + after, encoding="utf-8")
+    PAGE.write_text(before + MARKERS[0] + table() + MARKERS[1] + after, encoding="utf-8")
