@@ -14,7 +14,7 @@ PATIENCE = 20  # seconds
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of a script; it speaks in the first process only.
+    """The options of a script; only the first process prints.
 
     Args:
         script: its name in `launch/`.

@@ -1,11 +1,11 @@
-"""Compare ways to train: arms x seeds of one configuration, all measured on the same rows.
+"""Compare training settings: arms x seeds of one configuration, all evaluated on the same rows.
 
   python launch/experiment.py --config configs/experiments/retrieval.yaml
   python launch/experiment.py --config configs/experiments/retrieval.yaml --jobs 2     # two runs at a time
 
-The same command once more goes on where it was stopped: finished runs are kept. The experiment's output_dir then holds
+The same command again resumes: finished runs are kept. The experiment's output_dir then holds
 one folder per arm and seed, experiment.md (the table), experiment.png and experiment.json (every row's score); with
-curve_rows also curves.png and curves.json, made of the checkpoints that the runs kept.
+curve_rows also curves.png and curves.json, from the checkpoints that the runs kept.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def main() -> int:
     options = parser.parse_args()
 
     def job() -> None:
-        from train.experiments import arms as experiment
         from train.experiments import report as experiment_report
+        from train.experiments.arms import load_experiment, train_arms
         from train.experiments.measure import Scores
 
-        settings = experiment.load_experiment(options.config, options.set)
-        experiment.train_arms(settings, options.jobs)
+        settings = load_experiment(options.config, options.set)
+        train_arms(settings, options.jobs)
         scores = Scores(settings)
-        found: dict[str, list] = {}
+        arms: dict[str, list] = {}
         for arm, seed, results in scores.arms():
-            found.setdefault(arm, []).append(results)
-            print(f"measured: {arm}" + ("" if seed is None else f", seed {seed}"), flush=True)
-        path = experiment_report.save(settings, found)
+            arms.setdefault(arm, []).append(results)
+            print(f"evaluated: {arm}" + ("" if seed is None else f", seed {seed}"), flush=True)
+        path = experiment_report.save(settings, arms)
         curves: dict[str, dict[int, list]] = {}
         for arm, _, step, results in scores.checkpoints():
             curves.setdefault(arm, {}).setdefault(step, []).append(results)

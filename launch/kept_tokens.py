@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="adapter or model")
     parser.add_argument("--text", required=True, metavar="FILE", help=".txt or .md, or .json and .jsonl with a text")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the picture and the page go")
-    parser.add_argument("--start", default="", metavar="WORDS", help="begin where these words first stand in the text")
+    parser.add_argument("--start", default="", metavar="WORDS", help="start where these words first occur in the text")
     parser.add_argument("--tokens", type=int, default=512, help="maximum number of tokens to read")
     for name in ("sink-size", "lag-size", "top-k"):
         parser.add_argument(f"--{name}", type=int, help="in place of the model's own lrsa_config.json")

@@ -4,9 +4,9 @@
   python launch/publish.py --run runs/qa --repo-id user/name                # private, until you change that on the Hub
   python launch/publish.py --run runs/qa --repo-id user/name --base-model Qwen/Qwen2.5-1.5B-Instruct --public
 
-What is sent lies in the run's hub/ folder. No path of this machine is in it: config.yaml names files by their last
+What is sent lies in the run's hub/ folder. It contains no local path: config.yaml names files by their last
 name, or by their path inside this repository. The reports show a few rows of the data, and results.json every answer.
-Everything is checked before anything is sent; after a broken transfer the same command completes it.
+Everything is checked before anything is sent; after a broken upload the same command completes it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="where to publish; made if missing")
     parser.add_argument("--base-model", metavar="ORG/NAME", help="Hub name of the base model, if the run's was local")
     parser.add_argument("--license", metavar="ID", help="the Hub's identifier of a licence, such as apache-2.0")
-    parser.add_argument("--public", action="store_true", help="everybody can see it; private when not given")
+    parser.add_argument("--public", action="store_true", help="make the repository public; private when not given")
     parser.add_argument("--message", help="of the commit")
     parser.add_argument("--dry-run", action="store_true", help="write the folder and show it; nothing is sent")
     options = parser.parse_args()
@@ -59,7 +59,7 @@ def publish(options: argparse.Namespace) -> None:
         console.print(f"dry run: nothing was sent; the folder is {folder}", soft_wrap=True)
         return
     url = send(publication, folder, options.public, options.message, api)
-    seen = "public" if options.public else "private: others need access, and a token, to load it"
+    seen = "public" if options.public else "private: others need access and a token"
     console.print(f"published, {seen}: {url}", soft_wrap=True)
 
 

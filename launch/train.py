@@ -6,11 +6,11 @@
 
 The run's directory (train.output_dir) then holds the adapter with its lrsa_config.json, the settings as they were used
 (config.yaml), the log (log.jsonl), the data report and the evaluation (report.md, results.json, a picture). The same
-command once more stops with a message: choose --resume to continue, or --overwrite to start again.
+command again is refused: choose --resume to continue, or --overwrite to start again.
 
-A run that may be stopped (a queue, a spot machine) is started with --resume every time, the first time too. It goes on
-from the newest checkpoint that is complete and ends as if nothing had happened. SIGTERM ends it after the current step
-with a checkpoint and exit status 75. Under the deepspeed launcher, send the signal to the whole process group
+Start a run that may be stopped (a queue, a spot machine) with --resume every time, the first time too. It continues
+from the newest complete checkpoint: a killed run resumes bit for bit. SIGTERM ends it after the current step with a
+checkpoint and exit status 75. Under the deepspeed launcher, send the signal to the whole process group
 (kill -TERM -- -PGID); the checkpoint must then be written within 30 seconds. Status 2 is a mistake to correct, 1 any
 other failure.
 """

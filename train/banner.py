@@ -1,4 +1,4 @@
-"""What is about to be trained, on one screen, before it begins."""
+"""A summary of the run, printed before training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def print_banner(console: Console, settings: RunSettings, trainer: LRSATrainer, 
     table.add_column()
     for name, value in facts(settings, trainer, report):
         table.add_row(name, escape(value))
-    title = "LRSA adapter" if trainer.lrsa is not None else "dense control: the same data, seed and steps"
+    title = "LoRA under LRSA" if trainer.lrsa is not None else "dense LoRA (control): same data, seed and steps"
     console.print(Panel(table, title=f"training the {title}", title_align="left", expand=False))
 
 
@@ -65,7 +65,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
     ]  # fmt: skip
     positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and report.lengths["longest"] > positions:
-        text = f"rows of up to {report.lengths['longest']:.0f} tokens go beyond the model's {positions} positions"
+        text = f"rows of up to {report.lengths['longest']:.0f} tokens exceed the model's {positions} positions"
         lines.append(("warning", f"{text}: lower data.context_length, or use a model with longer context"))
     return lines
 
@@ -100,22 +100,22 @@ def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:
     skipped += f", {sliding} of {len(windows)} layers keep their sliding window" if sliding else ""
     text = trainer.model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    computed_by = describe(
+    implementation = describe(
         settings.model.attention, trainer.args.device.type, PRECISIONS[_precision(trainer)], head_dim
     )
     return (
-        f"LRSA, sink {lrsa.sink_size}, lag {lrsa.lag_size}, top_k {lrsa.top_k}{skipped}: keeps {lrsa.keep_ratio:.1%} "
-        f"of a window; of {length} tokens the cache holds {kept:.0f} ({kept / length:.1%}); "
-        f"computed by {computed_by}"
+        f"LRSA, sink {lrsa.sink_size}, lag {lrsa.lag_size}, top_k {lrsa.top_k} (keep ratio {lrsa.keep_ratio:g})"
+        f"{skipped}; after {length} tokens the cache holds {kept:.0f} ({kept / length:.1%}); "
+        f"implementation: {implementation}"
     )
 
 
 def _objective(objective: ObjectiveSettings) -> str:
     weights = {name: getattr(objective, name) for name in ("cross_entropy", "distillation", "selection")}
     parts = " + ".join(f"{weight:g} {name.replace('_', '-')}" for name, weight in weights.items() if weight)
-    teacher = "; teacher: the base with its full cache, one more forward per step" if objective.has_teacher else ""
+    teacher = "; teacher: the base model with its full cache (one more forward)" if objective.has_teacher else ""
     ratios = ", ".join(f"{ratio:g}" for ratio in objective.keep_ratios or [])
-    how = "one drawn per step" if objective.schedule == "draw" else "in equal parts of the run"
+    how = "one sampled per step" if objective.schedule == "draw" else "in order, equal numbers of steps"
     return f"{parts}{teacher}; keep ratios {ratios}, {how}"
 
 

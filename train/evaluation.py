@@ -46,7 +46,7 @@ def evaluate_run(
         RunFailed: when a batch does not fit the memory.
     """
     if not rows:
-        console.print("no evaluation: data.eval_rows is 0, or no rows were left to hold out")
+        console.print("No evaluation: data.eval_rows is 0, or there were no rows to hold out")
         return None
     lrsa, models = load_variants(settings, adapter)
     try:

@@ -81,7 +81,7 @@ class Objective:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it the student's forward leaves what distillation needs."""
+        """Within it the student's forward records what distillation needs."""
         with _hidden_states(self.model) as states:
             yield
         self._student_states = states

@@ -123,7 +123,7 @@ def train_adapter(
 ) -> None:
     """Train one adapter of the base model, under LRSA or dense, and leave it verified in `args.output_dir`."""
     if resume and is_finished(args):
-        console.print(f"{args.output_dir} holds a finished adapter: it is not trained again", soft_wrap=True)
+        console.print(f"{args.output_dir} already holds a finished adapter: skipping its training", soft_wrap=True)
         return
     if environment.rank() == 0:
         discard_results(Path(settings.train.output_dir))
@@ -151,7 +151,7 @@ def train_adapter(
 
 
 def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokenizer, lrsa) -> LRSATrainer:
-    """Base model with its attention set, LoRA and trainer; what the libraries object to is told as a mistake."""
+    """Base model with its attention set, LoRA and trainer; what the libraries refuse becomes a SettingsError."""
     model = load_model(settings.model)
     if lrsa is not None and (problems := objective_problems(settings.objective, lrsa, model)):
         raise SettingsError(problems)

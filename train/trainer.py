@@ -38,7 +38,7 @@ class LRSATrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.model.training:
-            self._compress(self.lrsa)  # not what the last step happened to draw
+            self._compress(self.lrsa)  # not the ratio that the last step sampled
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.lrsa is None:
             self._count_kept(inputs, None)
@@ -68,7 +68,7 @@ class LRSATrainer(ResumableTrainer):
         return 1 / self.current_gradient_accumulation_steps, num_items_in_batch / ranks
 
     def _count_kept(self, inputs: dict, config: LRSAConfig | None) -> None:
-        """Add up, over all processes, what a cache would hold of this batch's documents and how long they are."""
+        """Add up, over all processes, the lengths of this batch's documents and what a cache would hold of them."""
         lengths = self._document_lengths(inputs)
         kept = kept_tokens(lengths.tolist(), config, sliding_windows(self.model.config))
         totals = torch.tensor([kept, lengths.sum()], dtype=torch.float64, device=lengths.device)
@@ -114,7 +114,7 @@ class LogFile(TrainerCallback):
         self.started = time.monotonic()
 
     def on_train_begin(self, args: SFTConfig, state, control, **kwargs) -> None:
-        """Keep of an earlier log only what came before the checkpoint that is continued."""
+        """Keep only the lines up to the checkpoint that is resumed."""
         path = Path(args.output_dir) / "log.jsonl"
         if state.is_world_process_zero and path.is_file():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

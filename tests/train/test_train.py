@@ -92,11 +92,11 @@ def test_the_stored_settings_say_everything(finished, monkeypatch):
 
 def test_the_banner_says_what_is_trained(finished):
     _, output = finished
-    assert "sink 4, lag 8, top_k 2, layers 0 dense: keeps 25.0% of a window" in output
+    assert "sink 4, lag 8, top_k 2 (keep ratio 0.25), layers 0 dense" in output
     assert "4 per device x 1 accumulated x 1 process = 4 rows per step" in output
     assert "16 rows, " in output and "long enough to be compressed" in output
     assert "dense causal" in output, "the control has its own banner"
-    assert "computed by native (compiled for this CPU)" in " ".join(output.replace("│", " ").split())
+    assert "implementation: native (compiled for this CPU)" in " ".join(output.replace("│", " ").split())
 
 
 def test_the_implementation_that_is_set_computes_the_attention(workplace, finished, monkeypatch, capsys):
@@ -111,7 +111,7 @@ def test_the_implementation_that_is_set_computes_the_attention(workplace, finish
     overrides = ["model.attention=reference", "train.output_dir=runs/reference", "eval.enabled=false"]
     assert run_here(workplace, *overrides, "eval.control=false") == 0
     assert calls["reference"] > 0 and sum(calls.values()) == calls["reference"]
-    assert "computed by reference (a dense mask)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "implementation: reference (a dense mask)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     losses = [[line["loss"] for line in log_of(path)] for path in (finished[0], workplace / "runs" / "reference")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
@@ -227,7 +227,7 @@ def test_a_moved_project_is_resumed(workplace, finished, tmp_path, capsys):
 def test_files_of_no_run_are_not_written_over(workplace, tmp_path, overwrite, capsys):
     (tmp_path / "README.md").write_text("mine")
     assert run_here(workplace, f"train.output_dir={tmp_path}", overwrite=overwrite) == 2
-    assert "holds README.md but no config.yaml, so it is no run's directory" in capsys.readouterr().err
+    assert "holds README.md but no config.yaml, so it is not the directory of a run" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 

@@ -20,7 +20,7 @@ def prepare() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Tokenizers would warn, and use one thread, once a data loader forks after they ran in parallel.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # TRL reads an attribute that transformers renamed; nobody who trains can act on it.
+    # TRL reads an attribute that transformers renamed; a user cannot act on it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
@@ -53,7 +53,7 @@ def start(train: TrainSettings) -> None:
 
 
 def stop() -> None:
-    """Leave the group of processes and forget DeepSpeed, so that one process can go on alone (evaluation)."""
+    """Leave the group of processes and forget DeepSpeed, so that one process can continue alone (evaluation)."""
     import torch.distributed
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

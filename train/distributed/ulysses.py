@@ -36,10 +36,10 @@ def check_sequence_parallel(settings: RunSettings) -> None:
         SettingsError: with every such setting.
     """
     size, train, processes = settings.parallel.sp_size, settings.train, environment.world_size()
-    asked = {name: f"PARALLELISM_CONFIG_{name.upper()}" for name in ParallelSettings.not_here}
+    variables = {name: f"PARALLELISM_CONFIG_{name.upper()}" for name in ParallelSettings.not_here}
     problems = [
         (variable, f"cannot be set in the environment: {ParallelSettings.not_here[name]}")
-        for name, variable in asked.items()
+        for name, variable in variables.items()
         if os.environ.get(variable, "1") != "1"
     ]
     problems += [] if size == 1 else _problems(size, processes, train, settings.eval.control)
@@ -81,13 +81,13 @@ def parallelism_config(sp_size: int) -> ParallelismConfig:
 
 
 def share_rows(args: SFTConfig, model: PreTrainedModel, selection: bool) -> None:
-    """Set up `args` so that the processes share every row in the attention that `model` has.
+    """Set up `args` so that the processes of a group share every row.
 
     Args:
         selection: whether the objective teaches the selection.
 
     Raises:
-        SettingsError: when the model's heads cannot be dealt out.
+        SettingsError: when the model's heads cannot be divided among the processes.
     """
     size, text_config = args.parallelism_config.sp_size, model.config.get_text_config()
     heads, kv_heads = text_config.num_attention_heads, text_config.num_key_value_heads
@@ -117,7 +117,7 @@ def share_rows(args: SFTConfig, model: PreTrainedModel, selection: bool) -> None
 
 
 def separate_rows(args: SFTConfig) -> None:
-    """Take back what ALST changed in this process: the attention function that it wrapped, and its groups."""
+    """Undo what ALST changed in this process: the attention function that it wrapped, and its groups."""
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
     del ALL_ATTENTION_FUNCTIONS[args.parallelism_config.sp_handler.sp_attn_implementation]

@@ -1,7 +1,7 @@
-"""Arms x seeds of one configuration: reads and checks what to compare, and trains what is missing.
+"""Arms x seeds of one configuration: reads and checks an experiment, and trains the runs that are missing.
 
 An arm is a list of settings that differ. Every arm and seed is an ordinary run of launch/train.py in its own folder, so
-that an experiment goes on where it was stopped.
+that an experiment can be resumed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Experiment(BaseModel):
     output_dir: str = Field(min_length=1, description="where runs, table and pictures go")
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="train.seed of the runs")
     evaluation_seed: int = Field(
-        1000, ge=0, description="seed of the data that is measured on; generated rows are then none that a run saw"
+        1000, ge=0, description="seed of the evaluation data; generated rows then differ from the training rows"
     )
     settings: list[str] = Field([], description="section.key=value for all arms")
     arms: dict[str, list[str]] = Field(min_length=1, description="name -> section.key=value of that arm")
@@ -75,7 +75,7 @@ def load_experiment(path: str, more: list[str] | None = None) -> Experiment:
     for arm in experiment.arms:
         if "/" in arm:
             problems.append(source.problem(("arms", arm), f"names folders, so it must have no slash, got {arm!r}"))
-    for arm in experiment.arms:  # a mistake shall be told before the first arm is trained
+    for arm in experiment.arms:  # refuse a mistake before the first arm is trained
         try:
             settings_of(experiment, arm, experiment.seeds[0])
         except SettingsError as error:

@@ -1,4 +1,4 @@
-"""Measures the arms of an experiment on the same rows: base, controls, finished adapters and their checkpoints."""
+"""Evaluates the arms of an experiment on the same rows: base, controls, adapters and their checkpoints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lrsa.evaluation.measure.controls import CONTROLS
 from train.evaluation import BASE, TASKS
 from train.experiments.arms import Experiment, run_directory, settings_of
 from train.model import load_model, load_tokenizer
+from train.resume.checkpoints import checkpoints
 from train.settings.load import load_settings
 
 
@@ -43,14 +44,14 @@ class Scores:
             yield arm, seed, self._adapter(arm, directory, ratios)
 
     def checkpoints(self) -> Iterator[tuple[str, int | None, int, Results]]:
-        """The base as step 0, then what every run kept on its way: `(arm, seed, step, results)`."""
+        """The base as step 0, then every checkpoint of every run: `(arm, seed, step, results)`."""
         rows = self.experiment.curve_rows
         if not rows:
             return
         yield BASE, None, 0, self._base(self.settings.lrsa, rows=rows)
         for arm, seed, directory in self._runs():
-            found = {int(path.name.rpartition("-")[2]): path for path in directory.glob("checkpoint-*")}
-            for step, path in sorted(found.items()):
+            for path in checkpoints(directory):
+                step = int(path.name.rpartition("-")[2])
                 yield arm, seed, step, self._adapter(arm, path, rows=rows)
 
     def _runs(self) -> Iterator[tuple[str, int, Path]]:
@@ -59,7 +60,7 @@ class Scores:
                 yield arm, seed, run_directory(self.experiment, arm, seed)
 
     def _base(self, lrsa: LRSAConfig, ratios: Sequence[float] = (), rows: int | None = None) -> Results:
-        model = Variant(self.adapters, None) if self.adapters else self.base  # adapters are put into the base itself
+        model = Variant(self.adapters, None) if self.adapters else self.base  # PEFT changes the base itself
         return self._measure(BASE, model, lrsa, ratios, rows)
 
     def _adapter(self, arm: str, directory: Path, ratios: Sequence[float] = (), rows: int | None = None) -> Results:

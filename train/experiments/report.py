@@ -1,4 +1,4 @@
-"""The outcome of an experiment as a table and pictures: every arm at every keep ratio, and after every so many steps.
+"""Results of an experiment as a table and pictures: every arm at every keep ratio, and over training steps.
 
 Scores are means over seeds of each row's score; intervals and paired differences are over rows, and the spread over
 seeds is shown beside them.
@@ -16,7 +16,7 @@ from lrsa.evaluation import Results, Score, paired_difference
 from train.evaluation import BASE
 from train.experiments.arms import Experiment, run_directory, training_seconds
 
-Found = dict[str, list[Results]]  # arm -> results of its seeds
+ArmResults = dict[str, list[Results]]  # arm -> results of its seeds
 Curves = dict[str, dict[int, list[Results]]]  # arm -> step -> results of its seeds; the base has step 0 alone
 
 
@@ -24,28 +24,28 @@ def mean_score(results: Sequence[Results], setting: str) -> Score | None:
     """Mean over seeds of each row's score, with an interval over rows; None when the setting was not measured."""
     if setting not in [s.name for s in results[0].settings]:
         return None
-    scores = [found.score(found.models[0], setting) for found in results]
+    scores = [result.score(result.models[0], setting) for result in results]
     rows = np.mean([score.per_row for score in scores], axis=0)
     return Score.from_rows(rows.tolist(), scores[0].unit, results[0].details["seed"])
 
 
-def table(experiment: Experiment, found: Found) -> str:
+def table(experiment: Experiment, arms: ArmResults) -> str:
     """Markdown: scores, and paired differences from the arm that the others are compared with."""
-    settings = [setting.name for setting in found[BASE][0].settings]
-    reference = {name: mean_score(found[experiment.versus], name) for name in settings}
+    settings = [setting.name for setting in arms[BASE][0].settings]
+    reference = {name: mean_score(arms[experiment.versus], name) for name in settings}
     lines = [
         "| arm | " + " | ".join("full cache" if s == "full" else f"keep {s}" for s in settings) + " | seconds |",
         "| --- |" + " ---: |" * (len(settings) + 1),
     ]
-    for arm, results in found.items():
+    for arm, results in arms.items():
         cells = [_cell(results, name, None if arm == experiment.versus else reference[name]) for name in settings]
         seconds = [training_seconds(run_directory(experiment, arm, seed)) for seed in experiment.seeds]
         known = [s for s in seconds if s is not None]
         lines.append(f"| {arm} | " + " | ".join(cells) + f" | {np.mean(known):.0f} |" if known else
                      f"| {arm} | " + " | ".join(cells) + " | |")  # fmt: skip
-    n, seeds = found[BASE][0].rows["n"], len(experiment.seeds)
+    n, seeds = arms[BASE][0].rows["n"], len(experiment.seeds)
     note = (
-        f"{seeds} seeds, n = {n} rows, {found[BASE][0].metrics[0]}; 95% bootstrap interval over rows in brackets, "
+        f"{seeds} seeds, n = {n} rows, {arms[BASE][0].metrics[0]}; 95% bootstrap interval over rows in brackets, "
         f"lowest and highest seed in braces. Below: minus {experiment.versus}, paired by row. "
         "Seconds: of one training run."
     )
@@ -58,7 +58,7 @@ def _cell(results: Sequence[Results], setting: str, reference: Score | None) -> 
         return ""
     text = str(score)
     if len(results) > 1:
-        seeds = [found.score(found.models[0], setting).value for found in results]
+        seeds = [result.score(result.models[0], setting).value for result in results]
         text += f" {{{min(seeds):.3f}, {max(seeds):.3f}}}"
     if reference is not None:
         difference = paired_difference(score, reference)
@@ -66,15 +66,15 @@ def _cell(results: Sequence[Results], setting: str, reference: Score | None) -> 
     return text
 
 
-def draw(experiment: Experiment, found: Found, path: Path) -> None:
+def draw(experiment: Experiment, arms: ArmResults, path: Path) -> None:
     """Score against keep ratio, one line per arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    settings = found[BASE][0].settings
+    settings = arms[BASE][0].settings
     places = range(len(settings))
-    for number, (arm, results) in enumerate(found.items()):
+    for number, (arm, results) in enumerate(arms.items()):
         scores = [mean_score(results, setting.name) for setting in settings]
         points = [(place, score) for place, score in zip(places, scores, strict=True) if score is not None]
         values = [score.value for _, score in points]
@@ -86,19 +86,19 @@ def draw(experiment: Experiment, found: Found, path: Path) -> None:
         )  # fmt: skip
     axes.set_xticks(list(places), ["full cache", *(setting.name for setting in settings[1:])])
     axes.set_xlabel("kept share of each window")
-    axes.set_ylabel(found[BASE][0].metrics[0])
+    axes.set_ylabel(arms[BASE][0].metrics[0])
     axes.grid(axis="y", color="#e4e4e4")
     figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=150)
 
 
-def save(experiment: Experiment, found: Found) -> Path:
+def save(experiment: Experiment, arms: ArmResults) -> Path:
     """Write `experiment.md`, `experiment.json` (every row's score) and `experiment.png`."""
     directory = Path(experiment.output_dir)
-    (directory / "experiment.md").write_text(table(experiment, found), encoding="utf-8")
-    values = {"experiment": experiment.model_dump(), "arms": {a: [r.to_dict() for r in rs] for a, rs in found.items()}}
+    (directory / "experiment.md").write_text(table(experiment, arms), encoding="utf-8")
+    values = {"experiment": experiment.model_dump(), "arms": {a: [r.to_dict() for r in rs] for a, rs in arms.items()}}
     (directory / "experiment.json").write_text(json.dumps(values, default=str) + "\n", encoding="utf-8")
-    draw(experiment, found, directory / "experiment.png")
+    draw(experiment, arms, directory / "experiment.png")
     return directory / "experiment.md"
 
 
@@ -110,7 +110,7 @@ def save_curves(experiment: Experiment, curves: Curves) -> Path:
     arms = [arm for arm in curves if arm != BASE]
     lines = {
         arm: {
-            name: {step: mean_score(found, name).value for step, found in (curves[BASE] | curves[arm]).items()}
+            name: {step: mean_score(results, name).value for step, results in (curves[BASE] | curves[arm]).items()}
             for name in names
         }
         for arm in arms

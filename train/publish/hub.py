@@ -30,17 +30,17 @@ def prepare(
     Args:
         run: directory of a finished run.
         repo_id: `owner/name` on the Hub.
-        api: whom to ask about token, names and visibility; None asks nobody, for a dry run.
+        api: checks token, names and visibility on the Hub; None skips that, for a dry run.
         base_model: the base model's Hub id, where the run loaded it from a local directory.
         license: the Hub's identifier of a licence, for the card.
-        public: whether everybody shall see it.
+        public: whether the repository is public.
 
     Returns:
         the publication and its folder, the run's `hub/`.
 
     Raises:
-        SettingsError: with all problems of the run, the names and a missing token at once, or else all that the Hub
-            has with them.
+        SettingsError: with all problems of the run, the names and a missing token at once; when there are none, with
+            all that the Hub reports.
     """
     problems = _name_problems("--repo-id", repo_id)
     if "/" not in repo_id:
@@ -90,12 +90,12 @@ def _name_problems(option: str, name: str) -> list[Problem]:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        return [Problem(option, name, f"is no name on the Hub: {error}")]
+        return [Problem(option, name, f"is not a valid name on the Hub: {error}")]
     return []
 
 
 def _hub_problems(publication: Publication, public: bool, api: HfApi) -> list[Problem]:
-    """What the Hub would refuse half-way, and what others could not load; nothing is written there."""
+    """What the Hub would refuse, and what others could not load; nothing is written there."""
     repo_id, base = publication.repo_id, publication.base_model
     try:
         user = api.whoami()
@@ -104,7 +104,7 @@ def _hub_problems(publication: Publication, public: bool, api: HfApi) -> list[Pr
         if repo_id.split("/")[0] not in owners:
             problems.append(Problem("--repo-id", repo_id, f"must begin with one of {', '.join(owners)}: the token's"))
         if not api.repo_exists(base):
-            text = f"is no model on the Hub that this token can see: {base}; give another with --base-model ORG/NAME"
+            text = f"{base} is not a model on the Hub that this token can read; set --base-model ORG/NAME"
             problems.append(Problem("", "model.name_or_path", text))
     except Exception as error:  # HTTP status or network: which classes, depends on the version of huggingface_hub
         raise RunFailed(f"The Hub at {api.endpoint} did not answer as expected: {_reason(error)}") from error
@@ -120,7 +120,7 @@ def _validate_card(folder: Path) -> None:
 
 
 def _visibility_problems(repo_id: str, public: bool, api: HfApi) -> list[Problem]:
-    """A repository that exists keeps its visibility, whatever is asked for."""
+    """An existing repository keeps its visibility."""
     try:
         private = api.model_info(repo_id).private
     except RepositoryNotFoundError:
@@ -133,6 +133,6 @@ def _visibility_problems(repo_id: str, public: bool, api: HfApi) -> list[Problem
 
 
 def _reason(error: BaseException) -> str:
-    """The error with its cause, which holds what the network said."""
+    """The error with its cause, which holds the network's message."""
     causes = [error, *([error.__cause__] if error.__cause__ else [])]
     return "; ".join(" ".join(f"{cause}".split()) for cause in causes)

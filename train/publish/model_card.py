@@ -19,7 +19,7 @@ TAGS = ["lrsa", "kv-cache", "kv-cache-compression", "sparse-attention", "long-co
 ABOUT = """\
 A LoRA adapter of {base}, trained under [Lag-Relative Sparse Attention](https://arxiv.org/abs/2506.11498) to work with a
 compressed KV cache: of a long context, every KV head keeps the first {sink_size} tokens, {top_k} of each older window
-of {lag_size} tokens ({keep_ratio:.1%}), and the last one to two windows whole.{dense}"""
+of {lag_size} tokens ({keep_ratio:.1%}), and the last one to two windows completely.{dense}"""
 
 USE = """\
 `pip install lrsa peft`, then:
@@ -60,8 +60,7 @@ MEASURED = {
 }
 
 NOT_MEASURED = (
-    "This adapter was not evaluated: `eval.enabled` was false, or no rows were held out. What it gains or loses is not "
-    "known."
+    "This adapter was not evaluated: `eval.enabled` was false, or no rows were held out. Its quality is not known."
 )
 
 
@@ -157,12 +156,12 @@ def _about(settings: RunSettings) -> str:
     base, config = settings.model.name_or_path, settings.lrsa
     linked = f"[{base}](https://huggingface.co/{base})" if hub_id(base) else f"a local model, `{Path(base).name}`"
     layers = ", ".join(map(str, config.skip_layers))
-    dense = f" Layers that stay whole: {layers}." if layers else ""
+    dense = f" Layers with a full cache: {layers}." if layers else ""
     return ABOUT.format(base=linked, keep_ratio=config.keep_ratio, dense=dense, **config)
 
 
 def _sample(settings: RunSettings, source: str) -> dict[str, str]:
-    """Source and prompt of the code samples; a question is put as the training rows put it."""
+    """Source and prompt of the code samples; with the prompt format of the training rows."""
     prompt, data = "Once upon a time", settings.data
     if data.kind == "qa":
         prompt = data.prompt_template.replace("{context}", "The river was found by Anna.\n\nBen stayed at home.")
@@ -180,7 +179,7 @@ def _evaluation(results: Results | None) -> str:
 
 
 def _training(settings: RunSettings) -> str:
-    """The settings that a reader asks for first."""
+    """The most important settings."""
     train, data = settings.train, settings.data
     objective = settings.objective.model_dump()
     rows = {

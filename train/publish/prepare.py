@@ -1,4 +1,4 @@
-"""What of a run is published: checked first, then written as a folder that holds no path of this machine."""
+"""The folder that is published of a run: checked first, then written without local paths."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CUSTOM_GENERATE = Path(__file__).parent / "custom_generate" / "generate.py"
 
 @dataclass(frozen=True)
 class Publication:
-    """A run that is fit to be published, and where; `settings.model.name_or_path` is a Hub id."""
+    """A run that can be published, and where; `settings.model.name_or_path` is a Hub id."""
 
     run: Path
     repo_id: str
@@ -46,18 +46,18 @@ class Publication:
 
 
 def read_run(run: Path, repo_id: str, base_model: str | None, problems: list[Problem]) -> Publication:
-    """Read a run's directory and refuse one that nobody could use or judge.
+    """Read a run's directory and refuse one whose adapter others could not use or judge.
 
     Args:
         run: directory of a finished run.
         repo_id: where it will be published.
         base_model: the base model's Hub id, where the run loaded it from a local directory.
-        problems: found before; told together with those found here.
+        problems: of earlier checks; raised together with those of this one.
 
     Raises:
         SettingsError: with every problem at once.
     """
-    found, problems = {}, list(problems)
+    parts, problems = {}, list(problems)
     readers = {
         "settings": lambda: _settings(run, base_model),
         "adapter": lambda: verify_adapter(run),
@@ -67,21 +67,21 @@ def read_run(run: Path, repo_id: str, base_model: str | None, problems: list[Pro
     }
     for name, read in readers.items():
         try:
-            found[name] = read()
+            parts[name] = read()
         except SettingsError as error:
             problems += error.problems
         except (AdapterError, ValueError) as error:
             problems.append(Problem("", "", str(error)))
     if problems:
         raise SettingsError(problems)
-    return Publication(run, repo_id, found["settings"], found["lrsa"], found["prompt"], found["results"])
+    return Publication(run, repo_id, parts["settings"], parts["lrsa"], parts["prompt"], parts["results"])
 
 
 def write_folder(publication: Publication, license: str | None = None) -> Path:
     """Write what is published into the run's `hub/`, replacing an earlier one, and return that folder.
 
     Raises:
-        SettingsError: when a text would name a place of this machine.
+        SettingsError: when a text would contain a local path.
     """
     run, folder = publication.run, publication.run / PUBLISHED_NAME
     shutil.rmtree(folder, ignore_errors=True)
@@ -114,7 +114,7 @@ def _settings(run: Path, base_model: str | None) -> RunSettings:
     settings = load_settings(config_of_run(str(run)), overrides)
     if hub_id(settings.model.name_or_path) is None:
         text = (
-            f"is the local directory {settings.model.name_or_path}, which nobody else can load: give the model's name "
+            f"is the local directory {settings.model.name_or_path}, which others cannot load: give the model's name "
             "on the Hub with --base-model ORG/NAME"
         )
         raise SettingsError([Problem("", "model.name_or_path", text)])

@@ -1,8 +1,8 @@
-"""No path of this machine leaves it: what stands in a published file instead of a local path.
+"""Keeps local paths and access tokens out of published files.
 
 The rule. A setting that names a local file or directory is published as its path inside the repository
 (`configs/deepspeed/zero2.json`) or else as its last name (`questions.json`), and wherever another published text holds
-that path, it is replaced in the same way. Access tokens are left out. A text that still names the working directory,
+that path, it is replaced in the same way. Access tokens are left out. A text that still contains the working directory,
 the repository, the run or the home directory is not published.
 """
 
@@ -20,16 +20,16 @@ SECRETS = ("token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key
 
 
 class Redaction:
-    """What is replaced in the texts of one run.
+    """The replacements in the texts of one run.
 
     Args:
         settings: the sections of the run's config.yaml, as plain values.
         base_model: the Hub id that is published for the base model.
-        run: the run's directory, from which relative paths in its config.yaml are seen.
+        run: the run's directory, which relative paths in its config.yaml are relative to.
 
     Attributes:
         settings: the sections as they are published.
-        replaced: local path -> what stands in its place.
+        replaced: local path -> its replacement.
     """
 
     def __init__(self, settings: dict, base_model: str, run: Path):
@@ -70,13 +70,13 @@ class Redaction:
 
 
 def remaining_paths(name: str, text: str, run: Path) -> list[Problem]:
-    """One problem for every line of a text that names a place of this machine."""
+    """One problem for every line of a text that contains a local path."""
     places = {str(place.resolve()) for place in (Path.cwd(), Path.home(), REPOSITORY, run)} - {"/"}
     pattern = re.compile("|".join(map(_pattern, places)))
     return [
-        Problem(f"{name}:{number}", "", f"names a place of this machine, {found[0]}: take it out of the run's {name}")
+        Problem(f"{name}:{number}", "", f"contains a local path, {match[0]}: remove it from the run's {name}")
         for number, line in enumerate(text.splitlines(), 1)
-        if (found := pattern.search(line))
+        if (match := pattern.search(line))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoints can be trusted: a checkpoint counts once a list of its files, written last, says that it is whole.
+"""Complete checkpoints: a checkpoint counts once the list of its files, which is written last, is there.
 
 A process can be killed while it writes, a disk can fill up, and a file can be cut short later. `complete.json` names
 every file of the checkpoint with its size, the number of processes that wrote it and their ZeRO stage.
@@ -23,7 +23,7 @@ STATE = "trainer_state.json"
 
 
 def mark_complete(checkpoint: Path, made_by: dict) -> None:
-    """Say that a checkpoint is whole, once its files are on the disk and not only on their way to it.
+    """Mark a checkpoint as complete, once its files are synchronised to the disk.
 
     Args:
         made_by: the processes and their ZeRO stage, as `newest_checkpoint` compares them.
@@ -37,38 +37,38 @@ def mark_complete(checkpoint: Path, made_by: dict) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What keeps a checkpoint from being continued; None when nothing does."""
+    """Why a checkpoint cannot be resumed; None when it is complete."""
     try:
         sizes = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["bytes"]
     except FileNotFoundError:
-        return "it was not written to its end (or without the optimizer, by train.save_only_model)"
+        return f"no {COMPLETE} (writing it was interrupted, or train.save_only_model left out the optimizer)"
     except (OSError, ValueError, LookupError, TypeError) as error:
-        return f"its {COMPLETE} cannot be read: {error}"
+        return f"{COMPLETE} cannot be read: {error}"
     for name, size in sizes.items():
         path = checkpoint / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            return f"{name} {'is missing' if found is None else f'has {found} of {size} bytes'}"
+        now = path.stat().st_size if path.is_file() else None
+        if now != size:
+            return f"{name} {'is missing' if now is None else f'has {now} of {size} bytes'}"
     return None
 
 
 def newest_checkpoint(directory: Path, made_by: dict, console: Console) -> Path | None:
-    """The newest whole checkpoint of a run, None when there is none; says which newer ones are passed over and why.
+    """The newest complete checkpoint of a run, None when there is none; prints which newer ones are skipped and why.
 
     Raises:
-        SettingsError: when other processes wrote it than those that would continue it, for its optimizer's state is
-            split among them.
+        SettingsError: when the number of processes or the ZeRO stage differs: the optimizer's state is split among
+            the processes.
     """
     for checkpoint in reversed(checkpoints(directory)):
         reason = damage(checkpoint)
         if reason is not None:
-            console.print(f"passed over {checkpoint}: {reason}", soft_wrap=True)
+            console.print(f"Skipping incomplete checkpoint {checkpoint}: {reason}", soft_wrap=True)
             continue
         before = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["made_by"]
         if before != made_by:
             text = (
-                f"{checkpoint} was written by {_described(before)}, this run has {_described(made_by)}: continue "
-                "with as many processes and the same train.deepspeed, or start again with --overwrite"
+                f"{checkpoint} was written by {_described(before)}, this run has {_described(made_by)}: resume with "
+                "the same number of processes and the same train.deepspeed, or start again with --overwrite"
             )
             raise SettingsError([Problem("", "--resume", text)])
         return checkpoint
@@ -76,13 +76,13 @@ def newest_checkpoint(directory: Path, made_by: dict, console: Console) -> Path 
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """All checkpoints of a run, whole or not, from the oldest step to the newest."""
-    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    """All checkpoints of a run, complete or not, from the oldest step to the newest."""
+    paths = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def remove_damaged(directory: Path) -> None:
-    """Delete checkpoints that cannot be continued, so that no file of theirs ends up in one that is written anew."""
+    """Delete incomplete checkpoints, so that none of their files ends up in a checkpoint of the same step."""
     for checkpoint in checkpoints(directory):
         if damage(checkpoint) is not None:
             shutil.rmtree(checkpoint)
@@ -90,11 +90,11 @@ def remove_damaged(directory: Path) -> None:
 
 def remove_old(directory: Path, most: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints beyond `most` (`train.save_total_limit`), but never the newest or the best one."""
-    found = checkpoints(directory)
+    present = checkpoints(directory)
     if most is None or most < 1:
         return
-    removable = [path for path in found[:-1] if best is None or path != Path(best)]
-    for checkpoint in removable[: max(0, len(found) - most)]:
+    removable = [path for path in present[:-1] if best is None or path != Path(best)]
+    for checkpoint in removable[: max(0, len(present) - most)]:
         shutil.rmtree(checkpoint)
 
 
@@ -113,7 +113,7 @@ def is_finished(args: TrainingArguments) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file at once: whoever is killed meanwhile leaves the earlier one."""
+    """Write a file atomically: a process that is killed meanwhile leaves the earlier one."""
     new = path.with_name(path.name + ".new")
     with open(new, "w", encoding="utf-8") as file:
         file.write(text)

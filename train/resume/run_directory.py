@@ -34,20 +34,20 @@ IN_CHECKPOINTS = (
 
 
 def check_run_directory(settings: RunSettings, resume: bool, overwrite: bool) -> None:
-    """Refuse to write over an earlier run unless asked to, and to continue one that was set up differently.
+    """Refuse to overwrite an earlier run without --overwrite, or to resume one with other settings.
 
     Raises:
         SettingsError: when the directory holds an adapter or checkpoints and neither flag is given, when `resume` meets
-            a run with other settings, apart from eval and those of train that may change on the way, or when files of
-            no run would be written over.
+            a run with other settings, apart from eval and those of train that may change, or when files that are not
+            those of a run would be overwritten.
     """
     directory = Path(settings.train.output_dir)
     foreign = [] if (directory / CONFIG_NAME).is_file() else [name for name in WRITTEN if (directory / name).exists()]
     if foreign:
         text = (
-            f"{shown(directory)} holds {', '.join(foreign)} but no {CONFIG_NAME}, so it is no run's directory, "
-            "and a run would write over that: choose another directory with --set train.output_dir=..., or move the "
-            "files away"
+            f"{shown(directory)} holds {', '.join(foreign)} but no {CONFIG_NAME}, so it is not the directory of "
+            "a run, and these files would be overwritten: choose another directory with --set train.output_dir=..., or "
+            "move them away"
         )
         raise SettingsError([Problem("", "train.output_dir", text)])
     earlier = directory / ADAPTER_NAME
@@ -67,7 +67,7 @@ def check_run_directory(settings: RunSettings, resume: bool, overwrite: bool) ->
 def changed_rows(directory: Path, report: DataReport) -> str | None:
     """What has changed in the rows since the run in this directory began; None when they are the same, or it is new.
 
-    What was trained on before could be held out now, so that neither training nor evaluation may go on with them.
+    Rows that were trained on could be held out now.
     """
     path = directory / REPORT_NAME
     if not path.is_file() or not (checkpoints(directory) or (directory / ADAPTER_NAME).is_file()):
@@ -95,17 +95,17 @@ def clear_run_directory(directory: Path) -> None:
 
 
 def discard_results(directory: Path) -> None:
-    """Delete what was measured and prepared of an adapter that is about to be trained further."""
+    """Delete the results of an adapter that is about to be trained further."""
     for name in RESULTS:
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / PUBLISHED_NAME, ignore_errors=True)
 
 
 def lock_run_directory(directory: Path) -> FileLock:
-    """Keep other runs out of a directory for as long as the result lives; a process that is killed lets go of it.
+    """Lock a directory against other runs for as long as the returned lock lives; it ends with the process.
 
     Raises:
-        SettingsError: when another run uses it, such as one that its killed launcher left behind.
+        SettingsError: when another run uses it, such as one whose launcher was killed.
     """
     lock = FileLock(directory / ".lock")
     try:
@@ -124,7 +124,7 @@ def config_of_run(directory: str) -> str:
     """
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
-        text = f"holds no {CONFIG_NAME}, so it is no directory of a run; name an adapter with --adapter and --config"
+        text = f"holds no {CONFIG_NAME}, so it is not the directory of a run; use --adapter and --config for an adapter"
         raise SettingsError([Problem("--run", directory, text)])
     return str(path)
 

@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer made to survive: every checkpoint is whole or does not count, and continuing one changes nothing.
+"""TRL's SFTTrainer with safe resumption: a killed run resumes bit for bit.
 
-A run that is killed and continued ends with the same log and the same adapter as one that nobody disturbed. SIGTERM
-ends it after the current step, with a checkpoint. A loss that is not finite ends it too, before anything is saved.
+A checkpoint counts only when it is complete. SIGTERM ends training after the current step, with a checkpoint. A loss
+that is not finite ends it too, before anything is saved.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from train.resume.checkpoints import COMPLETE, checkpoints, damage, mark_complet
 
 
 class ResumableTrainer(SFTTrainer):
-    """Trains, stops and goes on; arguments are those of `SFTTrainer`."""
+    """Trains, stops and resumes; arguments are those of `SFTTrainer`."""
 
-    # What has been counted since the last line of the log, and is part of the next one.
+    # Sums since the last line of the log, which are part of the next one.
     counted = ("_globalstep_last_logged", "_total_train_tokens")
 
     def __init__(self, *args, **kwargs):
@@ -43,20 +43,20 @@ class ResumableTrainer(SFTTrainer):
         return {"processes": self.args.world_size, "zero_stage": None if plugin is None else plugin.zero_stage}
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs) -> TrainOutput:
-        """Train from a checkpoint that `newest_checkpoint` found, or from the beginning.
+        """Train from a checkpoint that `newest_checkpoint` returned, or from the beginning.
 
         Raises:
-            RunStopped: SIGTERM came; a checkpoint of the last step is there.
+            RunStopped: on SIGTERM, after a checkpoint of the last step.
             RunFailed: the loss or the weights are not finite, or a checkpoint cannot be written.
         """
         self._continued = resume_from_checkpoint
         if self.args.should_save:
             remove_damaged(Path(self.args.output_dir))
-        with sigterm_noted() as self._sigterm, _lost_processes_told(self.args.world_size):
+        with sigterm_noted() as self._sigterm, _lost_processes(self.args.world_size):
             result = super().train(resume_from_checkpoint and str(resume_from_checkpoint), **kwargs)
         if self._stopped:
             raise RunStopped(
-                f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}. {self._last_good()}"
+                f"Stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}. {self._last_good()}"
             )
         return result
 
@@ -73,7 +73,7 @@ class ResumableTrainer(SFTTrainer):
         return loss
 
     def end_step(self) -> bool:
-        """Agree with the other processes on what to do after a step: whether to stop.
+        """Agree with the other processes whether to stop after this step.
 
         Raises:
             RunFailed: when the loss of any process was not finite.
@@ -82,21 +82,21 @@ class ResumableTrainer(SFTTrainer):
         stop, not_finite = self.accelerator.reduce(flags, reduction="sum").tolist()
         if not_finite:
             raise RunFailed(
-                f"the loss of step {self.state.global_step} is not finite: lower train.learning_rate, add "
-                f"train.warmup_steps or look at the data of that step. Nothing of it was saved. {self._last_good()}"
+                f"The loss of step {self.state.global_step} is not finite: lower train.learning_rate, add "
+                f"train.warmup_steps, or check the data of that step. The step was not saved. {self._last_good()}"
             )
         self._stopped = stop > 0
         return self._stopped
 
     def _run_epoch(self, **kwargs) -> None:
-        """Nothing when the checkpoint that is continued was the last one: transformers would take one step more."""
+        """Skip the epoch when the checkpoint is that of the last step: transformers would take one step more."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
         else:
             self.control.should_training_stop = True
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint, then say that it is complete, and only then delete older ones."""
+        """Write a checkpoint, mark it as complete, and only then delete older ones."""
         self._refuse_weights_that_are_not_finite()
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (checkpoint / COMPLETE).unlink(missing_ok=True)
@@ -119,7 +119,7 @@ class ResumableTrainer(SFTTrainer):
         self._counted_file(checkpoint).write_text(json.dumps(values), encoding="utf-8")
 
     def restore_counted(self) -> None:
-        """Go on with the log where the continued checkpoint left it, in the middle of a line if need be."""
+        """Restore the sums of the log line that was open when the checkpoint was written."""
         if self._continued is None:
             return
         values = json.loads(self._counted_file(Path(self._continued)).read_text(encoding="utf-8"))
@@ -138,29 +138,29 @@ class ResumableTrainer(SFTTrainer):
         bad = torch.tensor(sum(not torch.isfinite(x).all() for x in held), device=self.args.device)
         if self.accelerator.reduce(bad, reduction="sum"):
             raise RunFailed(
-                f"step {self.state.global_step} left weights that are not finite: lower train.learning_rate, or set "
+                f"The weights after step {self.state.global_step} are not finite: lower train.learning_rate, or set "
                 f"train.max_grad_norm. They were not saved. {self._last_good()}"
             )
 
     @contextmanager
     def _written(self, directory: Path) -> Iterator[None]:
-        """What cannot be written to its end is taken away again: it would look like something."""
+        """Delete what could not be written completely."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            whole = Path(self.args.output_dir)
+            output = Path(self.args.output_dir)
             if self.args.should_save:
-                remove_damaged(whole) if directory != whole else (whole / ADAPTER_NAME).unlink(missing_ok=True)
+                remove_damaged(output) if directory != output else (output / ADAPTER_NAME).unlink(missing_ok=True)
             raise RunFailed(
                 f"{directory} could not be written after step {self.state.global_step}: {first_line(error)}. "
                 f"Free space if the disk is full. {self._last_good()}"
             ) from error
 
     def _last_good(self) -> str:
-        whole = [path for path in checkpoints(Path(self.args.output_dir)) if damage(path) is None]
-        if not whole:
+        complete = [path for path in checkpoints(Path(self.args.output_dir)) if damage(path) is None]
+        if not complete:
             return "There is no complete checkpoint: the same command with --resume starts from the beginning."
-        return f"{whole[-1]} is complete: the same command with --resume goes on from there."
+        return f"The same command with --resume continues from {complete[-1]}."
 
 
 class _EndOfStep(TrainerCallback):
@@ -176,8 +176,8 @@ class _EndOfStep(TrainerCallback):
 
 
 @contextmanager
-def _lost_processes_told(count: int) -> Iterator[None]:
-    """A process that dies breaks the connections of the others, whose errors speak of sockets."""
+def _lost_processes(count: int) -> Iterator[None]:
+    """Replace the connection errors that follow the death of another process."""
     try:
         yield
     except RuntimeError as error:
@@ -191,10 +191,7 @@ def _lost_processes_told(count: int) -> Iterator[None]:
 
 @contextmanager
 def sigterm_noted() -> Iterator[list]:
-    """Inside the block SIGTERM ends nothing: the list that it yields stops being empty instead.
-
-    Launchers send the signal more than once; only the first one counts.
-    """
+    """Inside the block SIGTERM only appends to the list that it yields; launchers send it more than once."""
     noted: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
     try:

@@ -51,9 +51,9 @@ def test_killed_while_a_checkpoint_is_written(workplace, undisturbed, capsys):
     assert wait_until(half.is_dir, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert damage(half).startswith("it was not written to its end") and step_of(killed) == 2
+    assert damage(half).startswith("no complete.json") and step_of(killed) == 2
     assert run_here(workplace, "killed", resume=True) == 0
-    assert "passed over killed/checkpoint-4: it was not written to its end" in capsys.readouterr().out
+    assert "Skipping incomplete checkpoint killed/checkpoint-4: no complete.json" in capsys.readouterr().out
     assert_same(killed, undisturbed)
 
 
@@ -74,7 +74,8 @@ def test_sigterm_ends_a_run_with_a_checkpoint(workplace, undisturbed, capsys):
     assert 2 <= step < 10 and signal.getsignal(signal.SIGTERM) == before
     message = capsys.readouterr().err
     assert (
-        f"stopped by SIGTERM after step {step} of 10. stopped/checkpoint-{step} is complete: the same comm" in message
+        f"Stopped by SIGTERM after step {step} of 10. The same command with --resume continues from stopped/check"
+        in message
     )
     assert run_here(workplace, "stopped", "train.resume_from_checkpoint=auto") == 0
     assert_same(stopped, undisturbed)
@@ -118,7 +119,7 @@ def test_a_checkpoint_cut_short(workplace, undisturbed, file, capsys):
         cut = directory / "checkpoint-10" / file
         os.truncate(cut, cut.stat().st_size // 2)
     assert run_here(workplace, name, resume=True) == 0
-    assert f"passed over {name}/checkpoint-10: " in capsys.readouterr().out.replace("its ", "")
+    assert f"Skipping incomplete checkpoint {name}/checkpoint-10: " in capsys.readouterr().out
     assert_same(workplace / name, undisturbed)
 
 
@@ -139,14 +140,15 @@ def test_a_full_disk(workplace, undisturbed, capsys):
     thread.join()
     good, message = step_of(full), capsys.readouterr().err
     assert f"full/checkpoint-{good + 2} could not be written after step {good + 2}: " in message
-    assert f"full/checkpoint-{good} is complete: the same command with --resume goes on from there" in message
+    assert f"The same command with --resume continues from full/checkpoint-{good}" in message
     assert checkpoints(full)[-1].name == f"checkpoint-{good}", "the half of a checkpoint was taken away"
     assert run_here(workplace, "full", resume=True) == 0
     assert_same(full, undisturbed)
 
 
 @pytest.mark.parametrize(
-    ("rate", "message"), [("1e20", "the loss of step 3 is not finite"), ("3e39", "step 2 left weights that are not")]
+    ("rate", "message"),
+    [("1e20", "The loss of step 3 is not finite"), ("3e39", "The weights after step 2 are not finite")],
 )
 def test_a_loss_that_is_not_finite(workplace, rate, message, capsys):
     """The first step of the warmup has a learning rate of 0; what comes after it diverges."""
@@ -154,7 +156,7 @@ def test_a_loss_that_is_not_finite(workplace, rate, message, capsys):
     settings = [f"train.learning_rate={rate}", "train.warmup_steps=4", "train.save_steps=1"]
     assert run_here(workplace, directory.name, *settings) == 1
     told, good = capsys.readouterr().err, step_of(directory)
-    assert message in told and f"{directory.name}/checkpoint-{good} is complete" in told
+    assert message in told and f"continues from {directory.name}/checkpoint-{good}" in told
     assert good == (2 if rate == "1e20" else 1) and checkpoints(directory)[-1].name == f"checkpoint-{good}"
     assert not (directory / "adapter_model.safetensors").exists()
     assert run_here(workplace, directory.name, "train.learning_rate=1e-3", resume=True) == 2

@@ -81,7 +81,7 @@ def test_sigterm_under_the_launcher(workplace):
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait() != 0
     text = workplace / "launched.txt"
-    wait_until(lambda: "the same command with --resume goes on from there" in text.read_text(), seconds=60)
+    wait_until(lambda: "The same command with --resume continues from" in text.read_text(), seconds=60)
     wait_until(lambda: not alive(process.pid), seconds=60)
     assert "Traceback" not in text.read_text()
     assert start(workplace, "launched", "ZeRO-2", "--resume").wait() == 0
