@@ -24,7 +24,13 @@ class Loaded(NamedTuple):
     new_cache: Callable[[], LRSACache]
 
 
-def load(source: str | Path, config: LRSAConfig | None = None, revision: str | None = None, **model_options) -> Loaded:
+def load(
+    source: str | Path,
+    config: LRSAConfig | None = None,
+    revision: str | None = None,
+    base_model: str | Path | None = None,
+    **model_options,
+) -> Loaded:
     """Load an adapter that was trained with lrsa, or a model into which one was merged.
 
         model, tokenizer, new_cache = lrsa.load("user/adapter")
@@ -40,12 +46,14 @@ def load(source: str | Path, config: LRSAConfig | None = None, revision: str | N
         source: a directory or Hub id of an adapter with its `lrsa_config.json`, or of a merged model.
         config: settings in place of the stored ones; needed for a model that was not trained with lrsa.
         revision: branch, tag or commit of `source` on the Hub. The base model's own is what the adapter was trained on.
+        base_model: directory or Hub id of an adapter's base model, when it is no longer where it was in training.
         model_options: passed to `AutoModelForCausalLM.from_pretrained` for the base model (`dtype`, `device_map`, ...);
             `token`, `cache_dir` and `local_files_only` count for the adapter too.
 
     Raises:
-        ValueError: when there are no LRSA settings, they do not fit the base model, or the adapter is a pickle.
-        OSError: when the base model has no safetensors.
+        ValueError: when there are no LRSA settings, they do not fit the base model, the adapter is a pickle, or
+            `base_model` is given for a model.
+        OSError: when the base model is not there or has no safetensors.
         ImportError: when an adapter is loaded and peft is not installed.
     """
     options = {"trust_remote_code": False, "use_safetensors": True} | model_options
@@ -54,6 +62,8 @@ def load(source: str | Path, config: LRSAConfig | None = None, revision: str | N
     found = hub | {"revision": revision}
     adapter = _adapter(str(source), found)
     if adapter is None:
+        if base_model is not None:
+            raise ValueError(f"base_model is for an adapter, and {source} is a model: leave base_model out")
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision or "main", **options)
         # Merging keeps the settings inside the model's own configuration.
         if config is None and hasattr(model.config, "lrsa"):
@@ -67,9 +77,13 @@ def load(source: str | Path, config: LRSAConfig | None = None, revision: str | N
         refuse_pickle(adapter)
         config = LRSAConfig.from_pretrained(adapter) if config is None else config
         peft_config = PeftConfig.from_pretrained(adapter)
-        base = {"pretrained_model_name_or_path": peft_config.base_model_name_or_path}
-        base["revision"] = peft_config.revision or "main"
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(**base, **options), adapter)
+        name, trained_on = base_model or peft_config.base_model_name_or_path, peft_config.revision or "main"
+        base = {"pretrained_model_name_or_path": name, "revision": "main" if base_model else trained_on}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(**base, **options)
+        except OSError as error:
+            raise OSError(f"base model {name} cannot be loaded: {error}; if it moved, pass base_model=...") from error
+        model = PeftModel.from_pretrained(model, adapter)
         own = {"pretrained_model_name_or_path": adapter} if (adapter / "tokenizer_config.json").is_file() else base
         tokenizer = AutoTokenizer.from_pretrained(**own, **tokenizer_options)
     prompt = PromptFormat.from_pretrained(source if adapter is None else adapter, **({} if adapter else found))

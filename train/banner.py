@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -52,7 +53,8 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
     packed = f", packed into {rows}" if args.packing else ""
     lines = [
         ("model", f"{settings.model.name_or_path}, {_count(total)} parameters in {settings.model.dtype}"),
-        ("adapter", f"LoRA r {settings.lora.r}, {_count(trainable)} parameters trained ({trainable / total:.2%})"),
+        ("adapter", f"LoRA r {settings.lora.r} on {_targets(trainer)}; {_count(trainable)} parameters trained "
+                    f"({trainable / total:.2%})"),
         ("attention", _attention(settings, trainer)),
         *([("objective", _objective(settings.objective))] if trainer.lrsa is not None else []),
         ("batch", f"{args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} accumulated x "
@@ -108,6 +110,12 @@ def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:
         f"{skipped}; after {length} tokens the cache holds {kept:.0f} ({kept / length:.1%}); "
         f"implementation: {implementation}"
     )
+
+
+def _targets(trainer: LRSATrainer) -> str:
+    """The modules that carry LoRA, counted by name: `24 q_proj, 24 v_proj`."""
+    counts = Counter(name.rpartition(".")[2] for name in trainer.model.base_model.targeted_module_names)
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _objective(objective: ObjectiveSettings) -> str:

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from train.settings.errors import Problem, SettingsError
+from train.settings.errors import Problem, SettingsError, did_you_mean
 from train.settings.schema import LoraSettings, ModelSettings
 
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -68,6 +68,30 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
 def lora_config(settings: LoraSettings, revision: str | None = None) -> LoraConfig:
     """PEFT's configuration of the adapter; `revision` is the base model's."""
     return LoraConfig(**settings.model_dump(), task_type="CAUSAL_LM", revision=revision)
+
+
+def target_problems(targets: str | list[str], model: PreTrainedModel) -> list[Problem]:
+    """Names in `lora.target_modules` that no module of the model has; PEFT would train the others alone."""
+    modules = [name for name, _ in model.named_modules()]
+    names = [] if isinstance(targets, str) else targets
+    missing = [name for name in names if not any(f".{module}".endswith(f".{name}") for module in modules)]
+    last = {module.rpartition(".")[2] for module in modules}
+    return [
+        Problem("", "lora.target_modules", f"no module of the model is called {name}{did_you_mean(name, last)}")
+        for name in missing
+    ]
+
+
+def token_problems(tokenizer: PreTrainedTokenizerBase, highest: int, model: PreTrainedModel) -> list[Problem]:
+    """Tokens that the model has no embedding for, of those in the rows (`highest` is their largest id) and padding."""
+    token, count = max(highest, tokenizer.pad_token_id), model.get_input_embeddings().num_embeddings
+    if token < count:
+        return []
+    text = (
+        f"token {tokenizer.convert_ids_to_tokens(token)} has id {token}, but the model has {count} embeddings: use the "
+        "model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save the model"
+    )
+    return [Problem("", "model.name_or_path", text)]
 
 
 def verify_adapter(directory: str | Path) -> int:

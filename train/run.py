@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.compute
@@ -26,7 +27,7 @@ from train.distributed.ulysses import (
 from train.estimate.report import out_of_memory
 from train.evaluation import evaluate_run, save_training_losses
 from train.failures import is_out_of_memory
-from train.model import load_model, load_tokenizer, lora_config, verify_adapter
+from train.model import load_model, load_tokenizer, lora_config, target_problems, token_problems, verify_adapter
 from train.objective import objective_problems
 from train.publish.model_card import save_model_card
 from train.resume.checkpoints import is_finished, newest_checkpoint, replace_text
@@ -153,7 +154,10 @@ def train_adapter(
 def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokenizer, lrsa) -> LRSATrainer:
     """Base model with its attention set, LoRA and trainer; what the libraries refuse becomes a SettingsError."""
     model = load_model(settings.model)
-    if lrsa is not None and (problems := objective_problems(settings.objective, lrsa, model)):
+    problems = target_problems(settings.lora.target_modules, model)
+    problems += token_problems(tokenizer, _highest_token(corpus), model)
+    problems += [] if lrsa is None else objective_problems(settings.objective, lrsa, model)
+    if problems:
         raise SettingsError(problems)
     try:
         model = remove_lrsa(model) if lrsa is None else apply_lrsa(model, lrsa, settings.model.attention)
@@ -185,5 +189,15 @@ def _loss_rows(evaluation: list[dict]) -> Dataset:
 
 
 def _tokens(rows: Dataset) -> int:
+    return sum(pyarrow.compute.sum(pyarrow.compute.list_value_length(ids)).as_py() for ids in _input_ids(rows))
+
+
+def _highest_token(corpus: data.Corpus) -> int:
+    trained = [pyarrow.compute.max(pyarrow.compute.list_flatten(ids)).as_py() for ids in _input_ids(corpus.train)]
+    return max(trained + [max(row["input_ids"]) for row in corpus.evaluation])
+
+
+def _input_ids(rows: Dataset) -> Iterator[pyarrow.Array]:
+    """The rows' tokens, a thousand rows at a time."""
     batches = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
-    return sum(pyarrow.compute.sum(pyarrow.compute.list_value_length(batch["input_ids"])).as_py() for batch in batches)
+    return (batch["input_ids"] for batch in batches)

@@ -98,3 +98,17 @@ def test_given_settings_stand_in_for_stored_ones(saved):
     for name in ("base", "adapter"):
         model, _, new_cache = lrsa.load(directory / name, given)
         assert new_cache().config == given == model.config.lrsa
+
+
+def test_a_base_model_that_moved(saved):
+    directory, tuned = saved
+    (directory / "base").rename(directory / "moved")
+    (directory / "adapter" / "tokenizer_config.json").unlink(missing_ok=True)
+    with pytest.raises(OSError, match=r"base model .*base cannot be loaded: .*if it moved, pass base_model="):
+        lrsa.load(directory / "adapter")
+    model, tokenizer, _ = lrsa.load(directory / "adapter", base_model=directory / "moved", dtype=torch.float64)
+    inputs = tokenizer(text_of(), return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, tuned(**inputs).logits)
+    with pytest.raises(ValueError, match="base_model is for an adapter"):
+        lrsa.load(directory / "moved", CONFIG, base_model=directory / "moved")

@@ -88,7 +88,7 @@ def test_a_finished_adapter_is_not_trained_again(workplace, undisturbed, capsys)
     shutil.rmtree(again / "control")
     before = (again / "adapter_model.safetensors").stat().st_mtime_ns
     assert run_here(workplace, "again", "eval.enabled=true", resume=True) == 0
-    assert (again / "report.md").is_file() and "again holds a finished adapter" in capsys.readouterr().out
+    assert (again / "report.md").is_file() and "again already holds a finished adapter" in capsys.readouterr().out
     assert (again / "adapter_model.safetensors").stat().st_mtime_ns == before
     assert_same(again, undisturbed)
     (again / "report.md").unlink()

@@ -1,0 +1,59 @@
+"""A model that does not fit its settings or its tokenizer is refused before training, in words about settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from launch.command_line import explain
+from tests.tiny_run import make_workplace
+from train.settings.load import load_settings
+
+SETTINGS = {
+    "model": {"name_or_path": "model"},
+    "lrsa": {"sink_size": 4, "lag_size": 8, "top_k": 2},
+    "data": {"kind": "text", "path": "text.jsonl", "eval_path": "held_out.jsonl", "context_length": 96},
+    "train": {"output_dir": "run", "max_steps": 1, "use_cpu": True},
+    "eval": {"enabled": False},
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, byte_tokenizer) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("work"), byte_tokenizer, SETTINGS)
+
+
+def run_here(workplace: Path, *overrides: str) -> int:
+    from train.run import run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        return explain(lambda: run(load_settings("run.yaml", list(overrides)), overwrite=True))
+
+
+def test_every_target_module_must_exist(workplace, capsys):
+    assert run_here(workplace, "lora.target_modules=[q_proj, v_porj, layers.9.k_proj]") == 2
+    message = capsys.readouterr().err
+    assert "lora.target_modules: no module of the model is called v_porj; did you mean v_proj?" in message
+    assert "layers.9.k_proj" in message and "q_proj, v_porj" not in message
+    assert run_here(workplace, "lora.target_modules=[q_proj, layers.0.self_attn.v_proj]") == 0
+    assert "2 q_proj, 1 v_proj" in " ".join(capsys.readouterr().out.replace("│", " ").split()), "the banner counts them"
+
+
+def test_a_token_without_an_embedding_is_refused(workplace, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(workplace / "model")
+    padded = workplace / "padded"
+    padded.mkdir()
+    for path in (workplace / "model").iterdir():
+        (padded / path.name).write_bytes(path.read_bytes())
+    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
+    tokenizer.save_pretrained(padded)
+    size = len(tokenizer) - 1
+    for rows in (1, 4):
+        given = ["model.name_or_path=padded", f"train.per_device_train_batch_size={rows}"]
+        assert run_here(workplace, *given) == 2
+        message = capsys.readouterr().err
+        assert f"model.name_or_path: token <new pad> has id {size}, but the model has {size} embeddings" in message
+        assert "resize_token_embeddings" in message
