@@ -14,11 +14,9 @@ memory beyond the inputs, "kernel" what took most of the time.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.attention_report import draw, table, with_slopes
-from benchmarks.memory import peak_bytes
+from benchmarks.measure import config_of, in_rounds, machine, parser_of, peak_bytes, ratio, save, seconds, start
 from lrsa import LRSAConfig, lrsa_attention, select_tokens
 from lrsa.attention.api import IMPLEMENTATIONS
 
@@ -38,8 +36,8 @@ def pairs(length: int, config: LRSAConfig) -> int:
     """Query-key pairs of one head under LRSA."""
     sink, lag = min(config.sink_size, length), config.lag_size
     total = sink * (sink + 1) // 2
-    for window, start in enumerate(range(sink, length, lag)):
-        rows = min(lag, length - start)
+    for window, first in enumerate(range(sink, length, lag)):
+        rows = min(lag, length - first)
         before = sink + config.top_k * max(window - 1, 0) + lag * (window > 0)
         total += rows * before + rows * (rows + 1) // 2
     return total
@@ -61,26 +59,15 @@ def dense_kernels(device: str) -> dict:
 
 
 def candidates(device: str, config: LRSAConfig, impls: list[str]) -> dict:
-    found = dict(dense_kernels(device))
-    for impl in impls:
-        found[impl] = lambda q, k, v, impl=impl: lrsa_attention(q, k, v, config, impl=impl)
-    return found
+    ours = {impl: partial(lrsa_attention, config=config, impl=impl) for impl in impls}
+    return dense_kernels(device) | ours
 
 
-def measure(run, states, grad, backward: bool) -> float:
-    """Seconds of one call."""
-    _wait(states[0])
-    start = time.perf_counter()
+def measure(run, states, grad, backward: bool) -> None:
+    """One call."""
     out = run(*states)
     if backward:
         torch.autograd.grad(out, states, grad)
-    _wait(states[0])
-    return time.perf_counter() - start
-
-
-def _wait(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
 
 
 def kernel_used(run, states, grad) -> str:
@@ -94,17 +81,17 @@ def kernel_used(run, states, grad) -> str:
 
 def working(runs: dict, states, grad) -> dict:
     """The candidates that can compute this; what the others say is printed."""
-    found = {}
+    usable = {}
     for name, run in runs.items():
         try:
             measure(run, states, grad, True)
         except Exception as error:  # whatever a kernel or its compiler says
             print(f"{name} failed at {states[0].shape[2]} tokens: {error!r:.500}", file=sys.stderr, flush=True)
         else:
-            found[name] = run
-    if not any(name.startswith("dense") for name in found):
+            usable[name] = run
+    if not any(name.startswith("dense") for name in usable):
         raise SystemExit("no dense kernel ran, so there is nothing to compare with")
-    return found
+    return usable
 
 
 def run_cell(options, length: int, config: LRSAConfig) -> list[dict]:
@@ -118,19 +105,14 @@ def run_cell(options, length: int, config: LRSAConfig) -> list[dict]:
         for h, g in shapes
     )
     runs = working(candidates(options.device, config, options.impls), states, grad)
-    times = {(name, backward): [] for name in runs for backward in (False, True)}
-    selection = []
-    for round_ in range(options.rounds + 1):
-        for name, run in runs.items():
-            for backward in (False, True):
-                seconds = measure(run, states, grad, backward)
-                if round_:  # the first round warms up
-                    times[name, backward].append(seconds)
-        start = time.perf_counter()
-        select_tokens(states[1].detach(), states[2].detach(), config)
-        _wait(states[0])
-        if round_:
-            selection.append(time.perf_counter() - start)
+    timed = {
+        (name, backward): partial(seconds, options.device, measure, run, states, grad, backward)
+        for name, run in runs.items()
+        for backward in (False, True)
+    }
+    keys_values = [x.detach() for x in states[1:]]
+    timed["selection"] = partial(seconds, options.device, select_tokens, *keys_values, config)
+    times = in_rounds(options.rounds, timed)
     best = min(
         (name for name in runs if name.startswith("dense")), key=lambda name: statistics.median(times[name, True])
     )
@@ -139,15 +121,10 @@ def run_cell(options, length: int, config: LRSAConfig) -> list[dict]:
     for name, run in runs.items():
         row = {"length": length, "lag_size": config.lag_size, "top_k": config.top_k, "name": name, "bound": bound}
         for backward, label in ((False, "forward"), (True, "both")):
-            ratios = sorted(d / t for d, t in zip(times[best, backward], times[name, backward], strict=True))
-            row[label] = {
-                "ms": 1e3 * statistics.median(times[name, backward]),
-                "ratio": statistics.median(ratios),
-                "lowest": ratios[0],
-                "highest": ratios[-1],
-            }
+            own = times[name, backward]
+            row[label] = {"ms": 1e3 * statistics.median(own)} | ratio(times[best, backward], own)
         row["share"] = row["both"]["ratio"] / bound
-        row["selection_ms"] = 1e3 * statistics.median(selection)
+        row["selection_ms"] = 1e3 * statistics.median(times["selection"])
         row["peak_mib"] = peak_bytes(measure, run, states, grad, True, device=options.device) / 2**20
         row["kernel"] = kernel_used(run, states, grad)
         rows.append(row)
@@ -155,64 +132,33 @@ def run_cell(options, length: int, config: LRSAConfig) -> list[dict]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for attention.json, attention.md, attention.png"
-    )
+    parser = parser_of(__doc__, "attention.json, attention.md, attention.png", rounds=5, setting=None)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--settings", nargs="+", default=["256:64", "128:16"], help="lag_size:top_k, several allowed")
-    parser.add_argument("--sink-size", type=int, default=16)
     parser.add_argument("--heads", default="8/2", help="query heads / KV heads")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--impls", nargs="+", choices=list(IMPLEMENTATIONS), help="default: all fast ones of the device"
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    options = parser.parse_args()
+    options = start(parser)
     options.heads = tuple(map(int, options.heads.split("/")))
     options.impls = options.impls or (["native", "tiled"] if options.device == "cpu" else ["tiled", "cudnn", "flex"])
     return options
 
 
-def name_of_machine(options) -> str:
-    if options.device == "cuda":
-        return torch.cuda.get_device_name()
-    facts = Path("/proc/cpuinfo")
-    models = (
-        [line.split(": ")[1] for line in facts.read_text().splitlines() if "model name" in line]
-        if facts.exists()
-        else []
-    )
-    return f"{(models or [platform.processor()])[0]} CPU"
-
-
-def write(options, rows: list[dict]) -> None:
-    """After every cell, so that a run that is cut off leaves what it has."""
-    facts = {"machine": name_of_machine(options), "torch": torch.__version__}
-    facts |= {"options": {k: str(v) for k, v in vars(options).items()}, "rows": with_slopes(rows)}
-    (options.out / "attention.json").write_text(json.dumps(facts, indent=1))
-    (options.out / "attention.md").write_text(table(rows))
-
-
 def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    options, rows = parse(), []
     for setting in options.settings:
-        config = LRSAConfig(options.sink_size, *map(int, setting.split(":")))
         for length in options.lengths:
-            found = run_cell(options, length, config)
-            rows += found
-            print("\n".join(table(found).splitlines()[2:]), flush=True)
-            write(options, rows)
-    machine = name_of_machine(options)
+            new = run_cell(options, length, config_of(options, setting))
+            rows += new
+            print("\n".join(table(new).splitlines()[2:]), flush=True)
+            save(
+                options, "attention", with_slopes(rows), table(rows)
+            )  # so that a run that is cut off leaves what it has
     draw(rows, options.out / "attention.png")
-    print(f"\n{machine}, torch {torch.__version__}, {options.threads} threads, {options.dtype}, heads {options.heads}")
+    print(f"\n{machine(options.device)}, torch {torch.__version__}, {options.threads} threads, {options.dtype}")
     print(table(rows))
     print(f"wrote {options.out}/attention.json, attention.md, attention.png")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from benchmarks.measure import cell
+
 
 def with_slopes(rows: list[dict]) -> list[dict]:
     """Add the log-log slope of the time from the next shorter length."""
@@ -33,7 +35,7 @@ def table(rows: list[dict]) -> str:
         select = f"{r['selection_ms']:.1f}" if sparse else ""
         lines.append(
             f"| {r['length']} | {r['lag_size']}, {r['top_k']} | {r['name']} | {r['forward']['ms']:.1f} "
-            f"| {both['ms']:.1f} | {both['ratio']:.2f} ({both['lowest']:.2f}-{both['highest']:.2f}) "
+            f"| {both['ms']:.1f} | {cell(both)} "
             + (f"| {r['bound']:.2f} | {r['share']:.0%} " if sparse else "| | ")
             + f"| {slope} | {select} | {r['peak_mib']:.0f} | `{r['kernel']}` |"
         )

@@ -8,16 +8,16 @@ padded batch or the packed row; the loop hands it every row alone, without paddi
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.measure import cell, config_of, in_rounds, parser_of, ratio, seconds, start
 from lrsa import LRSAConfig, lrsa_attention
 
 
@@ -26,15 +26,9 @@ def lengths_of(rows: int, longest: int) -> list[int]:
     return [longest, *(longest * (0.125 + 0.875 * torch.rand(rows - 1, generator=generator))).int().tolist()]
 
 
-def seconds(run, states: list[torch.Tensor]) -> float:
+def step(run, states: list[torch.Tensor]) -> None:
     """Forward and backward of one candidate."""
-    if states[0].is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
     torch.autograd.grad(sum(out.sum() for out in run()), states)
-    if states[0].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def compare(options, rows: int, longest: int, config: LRSAConfig) -> list[str]:
@@ -70,46 +64,32 @@ def compare(options, rows: int, longest: int, config: LRSAConfig) -> list[str]:
             packed,
         ),
     }  # fmt: skip
-    times = {name: [] for name in candidates}
-    for round_ in range(options.rounds + 1):
-        for name, (run, inputs) in candidates.items():
-            found = seconds(run, inputs)
-            if round_:  # the first round warms up
-                times[name].append(found)
+    times = in_rounds(
+        options.rounds, {name: partial(seconds, options.device, step, *pair) for name, pair in candidates.items()}
+    )
     lines = []
     for kind in ("padded", "packed"):
         one, loop = times[f"{kind}, one call"], times[f"{kind}, loop"]
-        ratios = sorted(b / a for a, b in zip(one, loop, strict=True))
         lines.append(
             f"| {rows} x up to {longest} | {kind} | {total} | {1e3 * statistics.median(one):.1f} "
-            f"| {1e3 * statistics.median(loop):.1f} | {statistics.median(ratios):.2f} "
-            f"({ratios[0]:.2f}-{ratios[-1]:.2f}) |"
+            f"| {1e3 * statistics.median(loop):.1f} | {cell(ratio(loop, one))} |"
         )
         print(lines[-1], flush=True)
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for batches.md")
+    parser = parser_of(__doc__, "batches.md", rounds=5, setting="128:32")
     parser.add_argument("--batches", nargs="+", default=["32x512", "8x2048", "4x8192"], help="rows x longest row")
-    parser.add_argument("--setting", default="128:32", help="lag_size:top_k")
     parser.add_argument("--heads", default="8/2", help="query heads / KV heads")
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    config = LRSAConfig(16, *map(int, options.setting.split(":")))
+    options = start(parser)
+    config = config_of(options, options.setting)
     head = (
         "| batch | kind | real tokens | one call ms | loop ms | times the loop (lowest-highest) |\n" + "|---" * 6 + "|"
     )
     print(head)
     lines = [line for batch in options.batches for line in compare(options, *map(int, batch.split("x")), config)]
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "batches.md").write_text("\n".join([head, *lines]) + "\n")
 
 

@@ -9,9 +9,8 @@ when all of them are full.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +20,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.step import SHAPES, random_model, with_lora
-from lrsa import LRSAConfig, apply_lrsa
+from benchmarks.measure import config_of, parser_of, seconds, start
+from benchmarks.step import SHAPES, random_model, step, with_lora
+from lrsa import apply_lrsa
 
 
 def documents(count: int, median: int, spread: float, context: int) -> Dataset:
@@ -37,23 +37,13 @@ def batches(rows: Dataset, size: int, packed: bool) -> list[dict]:
     return [collate([rows[i] for i in range(start, start + size)]) for start in range(0, len(rows) - size + 1, size)]
 
 
-def seconds(model, optimiser, batch: dict, device: str) -> float:
-    """Forward, backward and update."""
+def loss_of(model, batch: dict, device: str) -> torch.Tensor:
     labels = batch["labels"].to(device)
     names = batch.keys() & {"input_ids", "attention_mask", "position_ids"}
     inputs = {name: batch[name].to(device) for name in names}
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
     states = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     trained = labels[:, 1:] != -100
-    loss = torch.nn.functional.cross_entropy(model.lm_head(states[trained]).float(), labels[:, 1:][trained])
-    loss.backward()
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return torch.nn.functional.cross_entropy(model.lm_head(states[trained]).float(), labels[:, 1:][trained])
 
 
 def real_tokens(batch: dict) -> int:
@@ -67,27 +57,16 @@ def speed(steps: list[tuple[int, float]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for packing.md")
+    parser = parser_of(__doc__, "packing.md", rounds=12, setting="128:32")
     parser.add_argument("--context", type=int, default=2048, help="longest document, and length of a packed row")
     parser.add_argument("--median", type=int, default=400, help="median length of a document in tokens")
     parser.add_argument("--spread", type=float, default=0.8, help="standard deviation of the lengths' logarithm")
     parser.add_argument("--documents", type=int, default=400)
     parser.add_argument("--rows", type=int, default=4, help="rows per batch")
-    parser.add_argument("--setting", default="128:32", help="lag_size:top_k")
     parser.add_argument("--shape", default="tiny", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=12, help="steps of each kind")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    options = parser.parse_args()
-    options.lengths = [options.context]
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    model = apply_lrsa(
-        with_lora(random_model(options, options.context)), LRSAConfig(16, *map(int, options.setting.split(":")))
-    )
+    options = start(parser)
+    model = apply_lrsa(with_lora(random_model(options, options.context)), config_of(options, options.setting))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     rows = documents(options.documents, options.median, options.spread, options.context)
     kinds = {
@@ -96,21 +75,20 @@ def main() -> None:
     }
     taken = {kind: [] for kind in kinds}
     for round_ in range(options.rounds + 1):
-        for kind, found in kinds.items():
-            batch = found[round_ % len(found)]
-            step = real_tokens(batch), seconds(model, optimiser, batch, options.device)
-            taken[kind] += [step] * (round_ > 0)  # the first round warms up
+        for kind, own in kinds.items():
+            batch = own[round_ % len(own)]
+            taken_now = seconds(options.device, step, partial(loss_of, model, batch, options.device), optimiser)
+            taken[kind] += [(real_tokens(batch), taken_now)] * (round_ > 0)  # the first round warms up
     lines = ["| rows | real tokens per batch | share of all tokens | real tokens/s |", "|---" * 4 + "|"]
-    for kind, found in kinds.items():
-        real, places = sum(map(real_tokens, found)), sum(batch["input_ids"].numel() for batch in found)
-        lines.append(f"| {kind} | {real / len(found):.0f} | {real / places:.1%} | {speed(taken[kind]):.0f} |")
+    for kind, own in kinds.items():
+        real, places = sum(map(real_tokens, own)), sum(batch["input_ids"].numel() for batch in own)
+        lines.append(f"| {kind} | {real / len(own):.0f} | {real / places:.1%} | {speed(taken[kind]):.0f} |")
     third = max(options.rounds // 3, 1)
     starts = range(0, options.rounds - third + 1, third)
     parts = [speed(taken["packed"][i : i + third]) / speed(taken["padded"][i : i + third]) for i in starts]
     gain = speed(taken["packed"]) / speed(taken["padded"])
     lines.append(f"\npacked / padded: {gain:.2f} (in each third of the rounds: {min(parts):.2f}-{max(parts):.2f})")
     print("\n".join(lines))
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "packing.md").write_text("\n".join(lines) + "\n")
 
 

@@ -13,13 +13,9 @@ transformers only; the picture needs matplotlib and is left out without it.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -27,7 +23,7 @@ from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.memory import peak_bytes
+from benchmarks.measure import ON_GPU, cell, config_of, machine, now, parser_of, peak_bytes, ratio, save, start
 from benchmarks.step import SHAPES, random_model
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT
@@ -39,18 +35,12 @@ SIDES = ("full", "lrsa")
 @torch.no_grad()
 def generate(model, ids: torch.Tensor, cache, tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and of the `tokens` tokens after it."""
-    start = now(ids)
+    begin = now(ids.device)
     token = model(ids, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits.argmax(-1)
-    first = now(ids)
+    first = now(ids.device)
     for _ in range(tokens):
         token = model(token, **{CACHE_ARGUMENT: cache}).logits.argmax(-1)
-    return first - start, now(ids) - first
-
-
-def now(tensor: torch.Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return first - begin, now(ids.device) - first
 
 
 def run_cell(options, model, rows: int, length: int, config: LRSAConfig) -> dict:
@@ -75,15 +65,9 @@ def run_cell(options, model, rows: int, length: int, config: LRSAConfig) -> dict
     for side in SIDES:
         row[side]["first_token_s"] = statistics.median(first[side])
         row[side]["tokens_per_s"] = rows * options.decode / statistics.median(decode[side])
-    row["first_token"], row["decode"] = ratios(first), ratios(decode)
+    row["first_token"], row["decode"] = (ratio(*(times[side] for side in SIDES)) for times in (first, decode))
     row["cache"] = row["lrsa"]["cache_bytes"] / row["full"]["cache_bytes"]
     return row
-
-
-def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """How many times faster the compressed side is: median, lowest and highest of the rounds."""
-    found = sorted(full / lrsa for full, lrsa in zip(*(seconds[side] for side in SIDES), strict=True))
-    return {"ratio": statistics.median(found), "lowest": found[0], "highest": found[-1]}
 
 
 def losses(rows: list[dict]) -> str:
@@ -110,9 +94,7 @@ def table(rows: list[dict]) -> str:
         full, lrsa, first, decode = r["full"], r["lrsa"], r["first_token"], r["decode"]
         lines.append(
             f"| {r['rows']} x {r['length']} | {full['first_token_s']:.2f} | {lrsa['first_token_s']:.2f} "
-            f"| {first['ratio']:.2f} ({first['lowest']:.2f}-{first['highest']:.2f}) "
-            f"| {full['tokens_per_s']:.0f} | {lrsa['tokens_per_s']:.0f} "
-            f"| {decode['ratio']:.2f} ({decode['lowest']:.2f}-{decode['highest']:.2f}) "
+            f"| {cell(first)} | {full['tokens_per_s']:.0f} | {lrsa['tokens_per_s']:.0f} | {cell(decode)} "
             f"| {full['cache_bytes'] / 2**20:.1f} | {lrsa['cache_bytes'] / 2**20:.1f} | {r['cache']:.3f} "
             f"| {full['peak_bytes'] / 2**20:.0f} | {lrsa['peak_bytes'] / 2**20:.0f} |"
         )
@@ -151,46 +133,31 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def parse() -> argparse.Namespace:
-    on_gpu = torch.cuda.is_available()
+def main() -> None:
     cells = ["1x2048", "1x4096", "1x8192", "8x2048", "8x4096"]
-    if on_gpu:
+    if ON_GPU:
         cells = ["1x2048", "1x4096", "1x8192", "1x16384", "1x32768", "8x2048", "8x8192", "8x32768"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for serving.json, serving.md, serving.png")
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b" if on_gpu else "small")
+    parser = parser_of(
+        __doc__, "serving.json, serving.md, serving.png", rounds=3, setting="128:32",
+        dtype="bfloat16" if ON_GPU else "float32",
+    )  # fmt: skip
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b" if ON_GPU else "small")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to fit a small machine")
     parser.add_argument("--cells", nargs="+", default=cells, help="rows x tokens of each")
     parser.add_argument("--decode", type=int, default=128, help="tokens decoded after the first")
-    parser.add_argument("--setting", default="128:32", help="lag_size:top_k")
-    parser.add_argument("--sink-size", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
-    torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    cells = [tuple(map(int, cell.split("x"))) for cell in options.cells]
+    options = start(parser)
+    cells = [tuple(map(int, text.split("x"))) for text in options.cells]
     model = random_model(options, max(length for _, length in cells) + options.decode + 1).eval()
-    config = LRSAConfig(options.sink_size, *map(int, options.setting.split(":")))
     rows = []
-    for cell in cells:
-        rows.append(run_cell(options, model, *cell, config))
+    for batch in cells:
+        rows.append(run_cell(options, model, *batch, config_of(options, options.setting)))
         print(table(rows).splitlines()[-1], flush=True)
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
-    facts = {"machine": machine, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
-    (options.out / "serving.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
-    (options.out / "serving.md").write_text(f"{table(rows)}\n{losses(rows)}")
+    text = f"{table(rows)}\n{losses(rows)}"
+    save(options, "serving", rows, text)
     if importlib.util.find_spec("matplotlib"):
         draw(rows, options.out / "serving.png")
-    print(f"\n{machine}, torch {torch.__version__}, {options.shape}, lag:top_k {options.setting}, {options.dtype}")
-    print(f"{table(rows)}\n{losses(rows)}")
+    print(f"\n{machine(options.device)}, torch {torch.__version__}, {options.shape}, lag:top_k {options.setting}")
+    print(text)
 
 
 if __name__ == "__main__":

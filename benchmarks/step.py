@@ -11,12 +11,9 @@ teacher's forward. Dense is the kernel that `scaled_dot_product_attention` picks
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.memory import peak_bytes
+from benchmarks import measure
 from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
 from train.selection_loss import SelectionSupervision
 
@@ -116,20 +113,11 @@ def taught_loss(model, ids: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
     return loss
 
 
-def step(loss, optimiser, ids: torch.Tensor) -> float:
-    """Seconds of forward, backward and update; `loss()` does the forward."""
-    _wait(ids)
-    start = time.perf_counter()
+def step(loss, optimiser) -> None:
+    """Forward, backward and update; `loss()` does the forward."""
     loss().backward()
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    _wait(ids)
-    return time.perf_counter() - start
-
-
-def _wait(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
 
 
 def run_length(options, model, optimiser, length: int, config: LRSAConfig) -> list[dict]:
@@ -139,71 +127,52 @@ def run_length(options, model, optimiser, length: int, config: LRSAConfig) -> li
         "LRSA": lambda: loss_of(apply_lrsa(model, config), ids),
         "LRSA, selection taught": lambda: taught_loss(model, ids, config),
     }
-    times = {name: [] for name in sides}
-    for round_ in range(options.rounds + 1):
-        for name, loss in sides.items():
-            seconds = step(loss, optimiser, ids)
-            if round_:  # the first round warms up
-                times[name].append(seconds)
-    rows = []
-    for name, loss in sides.items():
-        ratios = sorted(d / t for d, t in zip(times["dense"], times[name], strict=True))
-        rows.append(
-            {
-                "length": length,
-                "name": name,
-                "tokens_per_s": length / statistics.median(times[name]),
-                "ratio": statistics.median(ratios),
-                "lowest": ratios[0],
-                "highest": ratios[-1],
-                "peak_gib": peak_bytes(step, loss, optimiser, ids, device=options.device) / 2**30,
-            }
-        )
-    return rows
+    device = options.device
+    times = measure.in_rounds(
+        options.rounds, {name: partial(measure.seconds, device, step, loss, optimiser) for name, loss in sides.items()}
+    )
+    return [
+        {
+            "length": length,
+            "name": name,
+            "tokens_per_s": length / statistics.median(times[name]),
+            "peak_gib": measure.peak_bytes(step, loss, optimiser, device=device) / 2**30,
+        }
+        | measure.ratio(times["dense"], times[name])
+        for name, loss in sides.items()
+    ]
 
 
 def table(rows: list[dict]) -> str:
     head = "| tokens | step | tokens/s | times dense (lowest-highest) | peak GiB |\n|---|---|---|---|---|\n"
-    return head + "".join(
-        f"| {r['length']} | {r['name']} | {r['tokens_per_s']:.0f} "
-        f"| {r['ratio']:.2f} ({r['lowest']:.2f}-{r['highest']:.2f}) | {r['peak_gib']:.2f} |\n"
+    lines = [
+        f"| {r['length']} | {r['name']} | {r['tokens_per_s']:.0f} | {measure.cell(r)} | {r['peak_gib']:.2f} |\n"
         for r in rows
-    )
-
-
-def parse() -> argparse.Namespace:
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for step.json and step.md")
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b" if on_gpu else "tiny")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to fit a small machine")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536] if on_gpu else [2048, 4096, 8192])
-    parser.add_argument("--setting", default="512:128" if on_gpu else "256:64", help="lag_size:top_k")
-    parser.add_argument("--sink-size", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    return parser.parse_args()
+    ]
+    return head + "".join(lines)
 
 
 def main() -> None:
-    options = parse()
-    torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    parser = measure.parser_of(
+        __doc__, "step.json and step.md", rounds=3, setting="512:128" if measure.ON_GPU else "256:64",
+        dtype="bfloat16" if measure.ON_GPU else "float32",
+    )  # fmt: skip
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b" if measure.ON_GPU else "tiny")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to fit a small machine")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[16384, 65536] if measure.ON_GPU else [2048, 4096, 8192]
+    )
+    options = measure.start(parser)
     model = with_lora(random_model(options, max(options.lengths)))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    config = LRSAConfig(options.sink_size, *map(int, options.setting.split(":")))
     rows = []
     for length in options.lengths:
-        rows += run_length(options, model, optimiser, length, config)
+        rows += run_length(options, model, optimiser, length, measure.config_of(options, options.setting))
         print("\n".join(table(rows).splitlines()[-3:]), flush=True)
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
-    facts = {"machine": machine, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
-    (options.out / "step.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
-    (options.out / "step.md").write_text(table(rows))
-    print(f"\n{machine}, torch {torch.__version__}, {options.shape}, lag:top_k {options.setting}, {options.dtype}")
+    measure.save(options, "step", rows, table(rows))
+    print(
+        f"\n{measure.machine(options.device)}, torch {torch.__version__}, {options.shape}, lag:top_k {options.setting}"
+    )
     print(table(rows))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.memory import peak_bytes
+from benchmarks.measure import peak_bytes
 from lrsa import LRSAConfig, lrsa_attention
 from lrsa.attention import api
 from lrsa.attention.documents import find_documents
