@@ -72,24 +72,29 @@ def load(
             config = LRSAConfig.from_pretrained(source, revision=revision, **hub)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", **tokenizer_options)
     else:
-        from peft import PeftConfig, PeftModel
-
         refuse_pickle(adapter)
         config = LRSAConfig.from_pretrained(adapter) if config is None else config
-        peft_config = PeftConfig.from_pretrained(adapter)
-        name, trained_on = base_model or peft_config.base_model_name_or_path, peft_config.revision or "main"
-        base = {"pretrained_model_name_or_path": name, "revision": "main" if base_model else trained_on}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(**base, **options)
-        except OSError as error:
-            raise OSError(f"base model {name} cannot be loaded: {error}; if it moved, pass base_model=...") from error
-        model = PeftModel.from_pretrained(model, adapter)
+        model, base = _base_with_adapter(adapter, base_model, options)
         own = {"pretrained_model_name_or_path": adapter} if (adapter / "tokenizer_config.json").is_file() else base
         tokenizer = AutoTokenizer.from_pretrained(**own, **tokenizer_options)
     prompt = PromptFormat.from_pretrained(source if adapter is None else adapter, **({} if adapter else found))
     if prompt is not None:
         prompt.add_end_to(model.generation_config)
     return Loaded(apply_lrsa(model, config).eval(), tokenizer, lambda: LRSACache(config))
+
+
+def _base_with_adapter(adapter: Path, base_model: str | Path | None, options: dict) -> tuple[PreTrainedModel, dict]:
+    """The model, and the name and revision of its base as `from_pretrained` takes them."""
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(adapter)
+    name = base_model or config.base_model_name_or_path
+    base = {"pretrained_model_name_or_path": name, "revision": "main" if base_model else config.revision or "main"}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**base, **options)
+    except OSError as error:
+        raise OSError(f"base model {name} cannot be loaded: {error}; if it moved, pass base_model=...") from error
+    return PeftModel.from_pretrained(model, adapter), base
 
 
 def refuse_pickle(adapter: Path) -> None:
