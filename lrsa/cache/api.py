@@ -82,6 +82,10 @@ class LRSACache(Cache):
             self.layers.append(self._new_layer(len(self.layers), window))
         return self.layers[layer_idx].attend(*args, **kwargs)
 
+    def attend_again(self, layer_idx: int, window: int | None, *args, **kwargs) -> torch.Tensor:
+        """Attention of a layer that has no keys of its own, over those that layer `layer_idx` has just stored."""
+        return self.layers[layer_idx].attend_again(*args, **kwargs)
+
     def _new_layer(self, layer_idx: int, window: int | None) -> RowsLayer:
         return SlidingLayer(window) if window else CompressedLayer(self.config.for_layer(layer_idx), self.prefill)
 

@@ -8,6 +8,7 @@ Shapes: B batch, H query heads, G KV heads, T new tokens, S tokens, D head dim.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 
 import torch
@@ -34,6 +35,7 @@ class RowsLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
+        self._before: RowsLayer | None = None  # as it was before the last tokens, if other layers attend to them too
         self.keys = self.values = None
         self.is_initialized = False
         self.columns = 0
@@ -56,6 +58,7 @@ class RowsLayer(CacheLayerMixin):
         position_ids: torch.Tensor | None = None,
         scale: float | None = None,
         impl: str = "auto",
+        shared: bool = False,
     ) -> torch.Tensor:
         """Attention of the new tokens over what is held and themselves; then store them and drop what the rule drops.
 
@@ -64,6 +67,7 @@ class RowsLayer(CacheLayerMixin):
             attention_mask: `[B, T]`, nonzero where a new token is real; `None` when all are.
             position_ids: as `lrsa_attention` takes them; used while the cache is empty.
             impl: as `lrsa_attention` takes it; a single new token is always one small dense attention.
+            shared: other layers will call `attend_again`.
 
         Returns:
             `[B, H, T, D]`, 0 at padding.
@@ -73,6 +77,7 @@ class RowsLayer(CacheLayerMixin):
                 f"this LRSACache holds a batch of {len(self.seen)}, got {query.shape[0]} rows: "
                 "use a new LRSACache for every batch of prompts."
             )
+        self._before = copy.copy(self) if shared else None
         tokens = query.shape[2]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         new = [tokens] * len(query) if attention_mask is None else attention_mask.bool().sum(1).tolist()
@@ -84,6 +89,12 @@ class RowsLayer(CacheLayerMixin):
             out = self._extend(query, key, value, attention_mask, new, scale, impl)
         self.columns += tokens
         return out
+
+    def attend_again(self, *args, **kwargs) -> torch.Tensor:
+        """`attend` of other queries over the same tokens, which were stored already: nothing of the layer changes."""
+        reader = copy.copy(self._before)
+        reader._drop = lambda before: None
+        return reader.attend(*args, **kwargs)
 
     def _first(self, query, key, value, attention_mask, position_ids, new: list[int], scale, impl) -> torch.Tensor:
         """The first tokens of every row."""
@@ -124,6 +135,9 @@ class RowsLayer(CacheLayerMixin):
         if not all(new):
             out = out.masked_fill(torch.tensor(new, device=device)[:, None, None, None] == 0, 0.0)
         before, self.seen = self.seen, [seen + count for seen, count in zip(self.seen, new, strict=True)]
+        if self._before is not None:  # what is dropped in place now must be there for other layers
+            drops = sum(self.held()) < sum(held)
+            self._before.keys, self._before.values = (x.clone() if drops else x for x in (self.keys, self.values))
         self._drop(before)
         return out
 

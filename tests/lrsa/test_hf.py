@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import lrsa
-import lrsa.hf
+import lrsa.hf.attention
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT
 from lrsa.evaluation.measure.controls import Recent
@@ -151,7 +151,7 @@ def test_works_on_a_peft_model(random_llama):
 
 
 def test_cache_of_other_settings_warns(random_llama, caplog):
-    lrsa.hf._compare.cache_clear()
+    lrsa.hf.attention._compare.cache_clear()
     apply_lrsa(random_llama, CONFIG)
     five = torch.zeros(1, 5, dtype=torch.long)
     with caplog.at_level(logging.WARNING, logger="lrsa"):

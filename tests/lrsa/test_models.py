@@ -228,7 +228,7 @@ def test_wrong_windows_are_noticed(broken, monkeypatch):
     elif broken == "sliding layers compressed":
         monkeypatch.setattr("lrsa.cache.api.SlidingLayer", lambda window: compressed.CompressedLayer(CONFIG))
     else:
-        monkeypatch.setattr("lrsa.hf._window", lambda *args: None)
+        monkeypatch.setattr("lrsa.hf.attention.window_of", lambda *args: None)
     with pytest.raises(AssertionError):
         close(over_cache(model, ids, [LENGTH], CONFIG)[0], expected)
 

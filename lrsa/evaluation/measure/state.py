@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lrsa.config import LRSAConfig
-from lrsa.hf import NAME, apply_lrsa, config_of, remove_lrsa
+from lrsa.hf import NAME, apply_lrsa, config_of, is_applied, remove_lrsa
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,7 +36,7 @@ def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def active_config(model: PreTrainedModel | PeftModel) -> LRSAConfig | None:
     """The LRSA settings that the model runs with, `None` when its attention is dense."""
     lm = causal_lm(model)
-    return config_of(lm) if lm.config._attn_implementation == NAME else None
+    return config_of(lm) if is_applied(lm) else None
 
 
 @contextmanager

@@ -51,6 +51,7 @@ VALUES = [
         "bos_token_id n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group mamba_n_groups "
         "n_groups mamba_ngroups first_k_dense_replace indexer_kv_heads",
     ),
+    (24, "local_attention"),
     (0, "pad_token_id num_mtp_layers"),
     (
         0.0,

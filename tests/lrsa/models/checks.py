@@ -32,12 +32,14 @@ class Subject:
     Attributes:
         own: logits of the model's own attention over `ids`; expected: those of the oracle.
         kinds: what the attention calls of the oracle were.
+        pads: whether the model itself gives a padded row what it gives the row alone.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         generator = torch.Generator().manual_seed(3)
         self.ids = torch.randint(3, 45, (1, LENGTH), generator=generator)
+        self.pads = True
         self.exact = next(model.parameters()).dtype == torch.float64
         with oracle(model, None), torch.no_grad():
             self.own = logits(model, self.ids)
@@ -143,6 +145,7 @@ def padded(subject: Subject) -> str | None:
     found, own = error(subject.applied()), error(subject.model)
     if found <= (3e-6 if subject.exact else 1e-3):
         return None
+    subject.pads = own <= 1e-3
     assert found <= 10 * max(own, 1e-5), f"a padded row differs from the row alone by {found:.1e}, its own by {own:.1e}"
     return "padding as inexact as the model's own" if own > 1e-3 else None
 
@@ -167,8 +170,18 @@ def packed(subject: Subject) -> str | None:
     except AssertionError as error:
         if "position_ids" not in inspect.signature(model.forward).parameters:
             return "no packing: it takes no position_ids"
+        if _packed_apart(subject.model, documents, positions) > 1e-3:
+            return "no packing, as without LRSA: it does not tell documents apart"
         raise AssertionError(f"packed documents against the documents alone: {error}") from None
     return None
+
+
+def _packed_apart(model, documents, positions) -> float:
+    """How far packed documents are from the documents alone, of the largest logit."""
+    with torch.no_grad():
+        found = logits(model, torch.cat(documents, 1), position_ids=positions)
+        alone = torch.cat([logits(model, document) for document in documents], 1)
+    return float((found - alone).abs().max()) / max(float(alone.abs().max()), 1e-3)
 
 
 def _arguments(model) -> set[str]:
@@ -179,37 +192,39 @@ def _arguments(model) -> set[str]:
 def generate(subject: Subject) -> str | None:
     """Greedy tokens over an `LRSACache` are those that one forward gives, and those of the row in a padded batch."""
     model, prompt = subject.applied(), subject.ids[:, :40]
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    options[CACHE_ARGUMENT] = LRSACache(CONFIG)
-    model.generation_config.forced_eos_token_id = None
-    with torch.no_grad():
-        found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
-        scores = logits(model, found)[0, 39:-1].clone()
-    scores[:, 2] = float("-inf")  # the end, which min_new_tokens forbids
-    expected = scores.argmax(-1)
-    assert torch.equal(found[0, 40:], expected), (
-        f"generated {found[0, 40:].tolist()}, one forward says {expected.tolist()}"
-    )
-    ids = torch.cat([torch.zeros(1, 15, dtype=torch.long), prompt], 1)
-    options[CACHE_ARGUMENT] = LRSACache(CONFIG)
-    with torch.no_grad():
-        batch = model.generate(input_ids=ids, attention_mask=(torch.arange(55) >= 15).long()[None], **options)
-    if not torch.equal(batch[0, -8:], found[0, -8:]):
-        del options[CACHE_ARGUMENT]
-        mask = (torch.arange(55) >= 15).long()[None]
-        with torch.no_grad():
-            own = subject.model.generate(input_ids=ids, attention_mask=mask, **options)
-            own_alone = subject.model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
-        assert not torch.equal(own[0, -8:], own_alone[0, -8:]), "a padded prompt generates other tokens"
-        return "generates other tokens from padded prompts, as without LRSA"
+    found, error = _greedy(model, prompt, LRSACache(CONFIG))
+    if error > 1e-3:
+        own = _greedy(subject.model, prompt)[1]
+        assert own > 1e-3, f"generates with logits that differ by {error:.1e} from those of one forward"
+        return "generates with other positions than one forward, as without LRSA"
+    if subject.pads:
+        batch, _ = _greedy(model, prompt, LRSACache(CONFIG), pads=15)
+        if not torch.equal(batch, found):
+            own = [_greedy(subject.model, prompt, pads=pads)[0] for pads in (0, 15)]
+            assert not torch.equal(*own), "a padded prompt generates other tokens"
+            return "generates other tokens from padded prompts, as without LRSA"
     return None
+
+
+@torch.no_grad()
+def _greedy(model, prompt: torch.Tensor, cache: LRSACache | None = None, pads: int = 0) -> tuple[torch.Tensor, float]:
+    """Eight greedy tokens behind a prompt padded on the left; how far their logits are from those of one forward."""
+    ids = torch.cat([torch.zeros(1, pads, dtype=torch.long), prompt], 1)
+    mask = (torch.arange(ids.shape[1]) >= pads).long()[None]
+    options = {} if cache is None else {CACHE_ARGUMENT: cache}
+    model.generation_config.forced_eos_token_id = None
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(input_ids=ids, attention_mask=mask, **settings, **options)
+    expected = logits(model, out.sequences)[:, ids.shape[1] - 1 : -1]
+    error = (torch.stack(out.logits, 1) - expected).abs().max() / expected.abs().max()
+    return out.sequences[0, -8:], float(error)
 
 
 def adapter(subject: Subject) -> str | None:
     """LoRA on all linear layers learns, and gradient checkpointing changes nothing."""
-    own = None
     try:
-        _tuned(subject.model, subject)
+        own = _tuned(subject.model, subject)
     except Exception as error:
         own = error
     try:
@@ -220,16 +235,23 @@ def adapter(subject: Subject) -> str | None:
         raise
     if not tuned.supports_gradient_checkpointing:
         return "no gradient checkpointing"
-    tuned.enable_input_require_grads()
     for reentrant in (False, True):
-        tuned.zero_grad()
-        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        found = _gradients(tuned, logits(tuned, subject.ids))
-        assert found.keys() == expected.keys(), f"checkpointing loses {found.keys() ^ expected.keys()}"
-        largest = max(float(x.abs().max()) for x in expected.values())
-        worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
-        assert worst <= largest * (3e-6 if subject.exact else 1e-3), f"checkpointing changes gradients by {worst:.1e}"
+        worst = _checkpointed(tuned, expected, subject, reentrant)
+        if worst > (3e-6 if subject.exact else 1e-3):
+            assert _checkpointed(*own, subject, reentrant) > 1e-3, f"checkpointing changes gradients by {worst:.1e}"
+            return "gradient checkpointing changes its gradients, as without LRSA"
     return None
+
+
+def _checkpointed(tuned, expected: dict, subject: Subject, reentrant: bool) -> float:
+    """How far gradients with checkpointing are from those without, of the largest."""
+    tuned.enable_input_require_grads()
+    tuned.zero_grad()
+    tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = _gradients(tuned, logits(tuned, subject.ids))
+    assert found.keys() == expected.keys(), f"checkpointing loses {found.keys() ^ expected.keys()}"
+    largest = max(float(x.abs().max()) for x in expected.values())
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
 
 
 def _tuned(model, subject: Subject):

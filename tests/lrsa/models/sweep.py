@@ -70,9 +70,19 @@ SPECIAL = [
     ("moshi", "sliding", {"sliding_window": WINDOW}),
     ("glm4_moe_lite", "keys as wide as values", {"qk_nope_head_dim": 4}),
     ("deepseek_v3", "keys as wide as values", {"qk_nope_head_dim": 4}),
-    ("phi3", "longrope", {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 32}}),
-    ("llama", "dynamic NTK", {"rope_parameters": DYNAMIC, "max_position_embeddings": 32}),
+    (
+        "phi3",
+        "longrope",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": 64},
+        },
+    ),
+    ("llama", "dynamic NTK", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}),
 ]
+
+
+NOT_SLIDING = {"lfm3", "zaya", "deepseek_v4", "minimax"}  # these have their own kinds of layers
 
 
 @dataclass
@@ -97,7 +107,12 @@ def cases() -> list[tuple[str, str, dict]]:
     own = {family for family, *_ in SPECIAL}
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         fields = fields_of(CONFIG_MAPPING[family])
-        if {"sliding_window", "layer_types"} <= fields and family not in own | {"lfm3", "zaya", "deepseek_v4"}:
+        if {"sliding_window", "layer_types"} <= fields and family not in own | {
+            "lfm3",
+            "zaya",
+            "deepseek_v4",
+            "minimax",
+        }:
             options = SLIDING | ({"use_sliding_window": True} if "use_sliding_window" in fields else {})
             found.append((family, "sliding", options))
     return sorted(found + SPECIAL, key=lambda case: case[0])
@@ -123,6 +138,10 @@ def judge(family: str, variant: str, options: dict, which=tuple(checks.CHECKS)) 
         subject = checks.Subject(model)
     except Exception as error:
         subject, broken = None, error
+        try:
+            checks.logits(model, torch.ones(1, 9, dtype=torch.long))
+        except Exception as error:  # no language model by itself
+            return verdict("refused", f"by transformers: {_short(error)}")
     try:
         apply_lrsa(model, checks.CONFIG)
     except ValueError as error:

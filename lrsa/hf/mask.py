@@ -1,0 +1,72 @@
+"""The mask function that transformers calls once per forward: what an attention has to know of padding and documents.
+
+Shapes: B batch, T new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
+
+from lrsa.hf.layers import NAME
+
+
+def lrsa_mask(
+    *args,
+    batch_size: int | None = None,
+    q_length: int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    mask_function: Callable = causal_mask_function,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """What is known of the new tokens, `[B, T]`: bool padding, int32 positions in packed documents, or `None`.
+
+    Models whose layers share keys get it as `[B, 1, T, 1]`. Causality and sliding windows are the attention's own
+    affair; any other pattern is refused.
+
+    Raises:
+        ValueError: when a token would see later ones, as those of an image do, or the model has a pattern of its own.
+    """
+    if use_vmap:
+        raise ValueError(
+            "lrsa does not support this model: it adds its own pattern to the causal mask. Use lrsa.remove_lrsa(model)."
+        )
+    batch_size = args[0] if batch_size is None else batch_size
+    q_length = args[1] if q_length is None else q_length
+    positions = None
+    plain = (causal_mask_function, bidirectional_mask_function)  # the latter for attention across inputs
+    if mask_function not in plain and q_length > 1:
+        positions = _positions(mask_function, batch_size, q_length, device)
+    if attention_mask is None:
+        found = positions
+    else:
+        padding = attention_mask[:, -q_length:]
+        found = None if padding.all() else padding
+    # Layers that share keys slice their mask by queries, the third dimension of what other attentions take.
+    is_sliced = found is not None and getattr(config, "num_kv_shared_layers", 0)
+    return found[:, None, :, None] if is_sliced else found
+
+
+def _positions(mask_function: Callable, batch: int, length: int, device) -> torch.Tensor | None:
+    """Positions in packed documents, read from which neighbours see each other; `None` for one document a row."""
+    row, first = torch.arange(batch, device=device)[:, None], torch.zeros(1, dtype=torch.long, device=device)
+    place = torch.arange(length, device=device)
+    if torch.as_tensor(mask_function(row, first, place[None, :-1], place[None, 1:])).any():
+        raise ValueError(
+            "lrsa does not support what this model is given: its tokens see later ones, as those of an image do in "
+            "some models, so it adds its own pattern to the causal mask. Give it text, or use lrsa.remove_lrsa(model)."
+        )
+    together = torch.as_tensor(mask_function(row, first, place[None, 1:], place[None, :-1])).expand(batch, length - 1)
+    if together.all():
+        return None
+    begins = torch.cat([torch.zeros(batch, 1, dtype=torch.bool, device=device), ~together], 1)
+    return (place - torch.where(begins, place, 0).cummax(1).values).int()
+
+
+AttentionMaskInterface.register(NAME, lrsa_mask)

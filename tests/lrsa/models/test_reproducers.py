@@ -1,0 +1,145 @@
+"""Models that were once accepted and wrong, or refused badly: each is right now, or refused by `apply_lrsa` by name."""
+
+import pytest
+import torch
+from transformers.masking_utils import create_causal_mask
+
+from lrsa import LRSACache, apply_lrsa, remove_lrsa
+from lrsa.cache import CACHE_ARGUMENT
+from tests.lrsa.models import checks
+from tests.lrsa.models.build import SHARED, SLIDES, WINDOW, build
+from tests.lrsa.models.checks import CONFIG, Subject, logits
+
+SLIDING = {"sliding_window": WINDOW, "layer_types": SLIDES}
+REFUSED = [
+    ("diffllama", {}, "attends 2 times in one layer"),
+    ("hrm_text", {}, "cache index of its own"),
+    ("dory", {}, "cache index of its own"),
+    ("jetmoe", {}, "changes its keys after they were stored"),
+    ("doge", {}, "mask of its own"),
+    ("xlstm", {}, "no layer of its language model attends"),
+    ("llama", {"is_causal": False}, "see later ones"),
+    ("gemma3_text", SLIDING | {"use_bidirectional_attention": True}, "not causal"),
+    ("bert", {"is_decoder": False}, "not causal"),
+    ("deepseek_v32", {}, "layers of indexed_attention"),
+]
+
+
+@pytest.mark.parametrize(("family", "options", "reason"), REFUSED, ids=[family for family, *_ in REFUSED])
+def test_refused_by_name_and_left_as_it_was(family, options, reason):
+    model = build(family, **options)
+    before = {name: value for name, value in vars(model).items() if not name.startswith("_modules")}
+    with pytest.raises(ValueError, match=f"lrsa does not support {type(model).__name__}: .*{reason}"):
+        apply_lrsa(model, CONFIG)
+    after = {name: value for name, value in vars(model).items() if not name.startswith("_modules")}
+    assert after.keys() == before.keys() and not hasattr(model.config, "lrsa")
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "persimmon", "cohere_compass_text", "moshi"])
+def test_documents_are_told_apart_by_models_that_give_positions_to_their_mask_only(family, monkeypatch):
+    subject = Subject(build(family))
+    assert checks.packed(subject) is None
+    monkeypatch.setattr("lrsa.hf.mask._positions", lambda *args: None)
+    with pytest.raises(AssertionError, match="packed documents"):
+        checks.packed(subject)
+
+
+def test_a_result_that_the_model_views():
+    subject = Subject(build("afmoe", **SLIDING))
+    assert set(subject.kinds) == {"sliding", "compressed"}
+    checks.one_forward(subject)
+
+
+def test_a_window_that_the_model_ignores():
+    model = build("moshi", sliding_window=WINDOW)
+    own = Subject(model).own
+    found = logits(apply_lrsa(model, CONFIG.replace(top_k=CONFIG.lag_size)), Subject(model).ids)
+    assert (found - own).abs().max() < 1e-4 * own.abs().max()
+
+
+def shared_over_cache(model, ids, chunks, **options):
+    cache, start = LRSACache(CONFIG), 0
+    for size in chunks:
+        with torch.no_grad():
+            out = model(ids[:, start : start + size], **{CACHE_ARGUMENT: cache}, use_cache=True, **options)
+        start += size
+    return out.logits[:, -1], cache
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text"])
+def test_layers_that_share_keys(family):
+    subject = Subject(build(family, **SHARED))
+    checks.one_forward(subject)
+    checks.padded(subject)
+    model = subject.applied()
+    for chunks in ([40, 20], [60], [30] + [1] * 30):
+        for keep in (0, 1):
+            found, cache = shared_over_cache(model, subject.ids, chunks, logits_to_keep=keep)
+            subject.close(found, subject.expected[:, -1])
+            assert len(cache.layers) == 2, "sharing layers store nothing"
+    mask = torch.ones_like(subject.ids)
+    mask[:, :20] = 0
+    with torch.no_grad():
+        last = logits(model, subject.ids, attention_mask=mask, logits_to_keep=1)
+        subject.close(last[:, -1], logits(model, subject.ids, attention_mask=mask)[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}),
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}),
+    ],
+)
+def test_rows_within_one_rotary_table(family, options):
+    length = {"original_max_position_embeddings": 64}
+    rope = {"rope_parameters": options | {"rope_theta": 1e4} | length} | (length if family == "phi3" else {})
+    model = apply_lrsa(build(family, max_position_embeddings=256 if family == "phi3" else 64, **rope), CONFIG)
+    checks.logits(model, torch.ones(1, 64, dtype=torch.long))
+    ids = torch.ones(1, 65, dtype=torch.long)
+    with pytest.raises(ValueError, match="rows of up to 64 tokens, got 65"):
+        logits(model, ids)
+    with pytest.raises(ValueError, match="rows of up to 64 tokens, got 65"):
+        shared_over_cache(model, ids, [60, 5])
+    packed = torch.cat([torch.arange(60), torch.arange(40)])[None]
+    assert logits(model, torch.ones(1, 100, dtype=torch.long), position_ids=packed).isfinite().all()
+
+
+def test_a_stored_use_cache_false_is_set_aside():
+    model = build("llama")
+    model.generation_config.use_cache = False
+    apply_lrsa(model, CONFIG)
+    cache = LRSACache(CONFIG)
+    model.generate(torch.ones(1, 40, dtype=torch.long), **{CACHE_ARGUMENT: cache}, max_new_tokens=5, min_new_tokens=5)
+    assert cache.layers[0].seen == [44], "a cache that generate does not use sees every token at every step"
+    remove_lrsa(model)
+    assert model.generation_config.use_cache is False
+
+
+def test_the_way_out_of_attention_dropout():
+    dropping = apply_lrsa(build("gpt2", attn_pdrop=0.1), CONFIG).train()
+    with pytest.raises(ValueError, match="load the model with attn_pdrop=0"):
+        logits(dropping, torch.ones(1, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("family", ["phi4_multimodal", "gemma3"])
+def test_only_the_language_model_is_set(family):
+    model = build(family)
+    apply_lrsa(model, CONFIG)
+    text = model.config.get_text_config()
+    assert text._attn_implementation == "lrsa" and model.config.vision_config._attn_implementation == "eager"
+    remove_lrsa(model)
+    assert text._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("positions", [torch.arange(8)[None], torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])])
+def test_blocks_that_see_the_future_are_refused_in_packed_rows_too(positions):
+    config = apply_lrsa(build("gemma3_text", **SLIDING), CONFIG).config
+    options = {"config": config, "inputs_embeds": torch.zeros(1, 8, 32), "attention_mask": None, "cache": None}
+    blocks = torch.tensor([[-1, 0, 0, -1, -1, -1, -1, -1]])
+    with pytest.raises(ValueError, match="tokens see later ones"):
+        create_causal_mask(**options, position_ids=positions, block_sequence_ids=blocks)
+    blocks = torch.tensor([[-1, 0, -1, -1, -1, -1, -1, -1]])  # a block of one token sees nothing new
+    found = create_causal_mask(**options, position_ids=positions, block_sequence_ids=blocks)
+    assert (found is None) if positions[0, 5] == 5 else torch.equal(found.long(), positions)
