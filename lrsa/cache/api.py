@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DummyLayer, LinearAttentionLayer
 
 from lrsa.cache.compressed import CompressedLayer
 from lrsa.cache.rows import RowsLayer
@@ -78,8 +78,8 @@ class LRSACache(Cache):
                 "lrsa.remove_lrsa(model) and use the model's own cache."
             )
         self._announced = None
-        while len(self.layers) <= layer_idx:
-            self.layers.append(self._new_layer(len(self.layers), window))
+        if layer_idx >= len(self.layers):
+            self._put(layer_idx, self._new_layer(layer_idx, window))
         return self.layers[layer_idx].attend(*args, **kwargs)
 
     def attend_again(self, layer_idx: int, window: int | None, *args, **kwargs) -> torch.Tensor:
@@ -102,10 +102,34 @@ class LRSACache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError("LRSACache cannot be cropped, because dropped tokens are gone: start with a new LRSACache.")
 
-    def _hold_state(self, *args, **kwargs):
-        raise ValueError(
-            "LRSACache holds keys and values, and this model has layers with another state (recurrent, convolution or "
-            "indexer): use the model's own cache."
-        )
+    def _put(self, layer_idx: int, layer) -> None:
+        """Add a layer as the model reaches it; those before it that hold nothing (experts, mlp) are left empty."""
+        self.layers += [DummyLayer() for _ in range(layer_idx - len(self.layers))]
+        self.layers.append(layer)
 
-    update_conv_state = update_recurrent_state = update_indexer = _hold_state
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """State of a convolution or recurrent layer, which is kept as transformers keeps it."""
+        if layer_idx >= len(self.layers):
+            self._put(layer_idx, LinearAttentionLayer())
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        if layer_idx >= len(self.layers):
+            self._put(layer_idx, LinearAttentionLayer())
+        return super().get_recurrent_state(layer_idx, state_idx)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> torch.Tensor:
+        if layer_idx >= len(self.layers):
+            self._put(layer_idx, LinearAttentionLayer())
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> torch.Tensor:
+        if layer_idx >= len(self.layers):
+            self._put(layer_idx, LinearAttentionLayer())
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def update_indexer(self, *args, **kwargs):
+        raise ValueError(
+            "LRSACache holds keys, values and recurrent states, and this model has layers with an indexer: use the "
+            "model's own cache."
+        )

@@ -10,7 +10,7 @@ from lrsa.attention import check_impl
 from lrsa.config import LRSAConfig
 from lrsa.hf import mask  # noqa: F401  registers the mask function
 from lrsa.hf.attention import NAME
-from lrsa.hf.layers import sliding_windows
+from lrsa.hf.layers import attends, sliding_windows
 from lrsa.hf.support import attention_modules, check_model, text_config
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,9 @@ def remove_lrsa(model: PreTrainedModel) -> PreTrainedModel:
 
 def compressed_layers(model: PreTrainedModel, config: LRSAConfig) -> list[int]:
     """Indices of the layers whose attention LRSA replaces: those that do not slide and are not in `skip_layers`."""
-    windows = sliding_windows(_transformers_model(model).config)
-    return [layer for layer, window in enumerate(windows) if layer not in config.skip_layers and window is None]
+    text = text_config(_transformers_model(model))
+    full = [layer for layer, window in enumerate(sliding_windows(text)) if window is None and attends(text, layer)]
+    return [layer for layer in full if layer not in config.skip_layers]
 
 
 def is_applied(model: PreTrainedModel) -> bool:

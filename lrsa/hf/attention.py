@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from lrsa.attention import lrsa_attention
+from lrsa.attention.documents import find_documents
 from lrsa.attention.sliding import sliding_attention
 from lrsa.config import LRSAConfig
-from lrsa.hf.layers import NAME, config_of, rotary_switch, window_of
+from lrsa.hf.layers import NAME, config_of, is_recurrent, rotary_switch, window_of
 from lrsa.hf.support import REFUSED
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ def lrsa_attention_forward(
     _refuse(module, attention_mask, dropout, kwargs)
     tokens, shares = query.shape[2], getattr(module, "is_kv_shared_layer", False)
     attention_mask, position_ids = _documents(attention_mask, position_ids)
+    if is_recurrent(module.config):
+        _refuse_packing(module, query, attention_mask, position_ids)
     layer, attention_mask, position_ids = _owner(module, key, attention_mask, position_ids)
     if shares and tokens < key.shape[2]:  # the model has left out queries whose logits nobody wants
         query = F.pad(query, (0, 0, key.shape[2] - tokens, 0))
@@ -137,6 +140,17 @@ def _owner(module, key, attention_mask, position_ids) -> tuple:
             "of the model on one."
         )
     return key.lrsa_owner
+
+
+def _refuse_packing(module, query, attention_mask, position_ids) -> None:
+    rows = query.shape[0]
+    if query.shape[2] > 1:
+        documents = find_documents(attention_mask, position_ids, (rows, query.shape[2]))
+        if sum(group.shape[0] for group in documents) > rows:
+            raise ValueError(
+                f"packed rows cannot be told apart by the recurrent layers of this model ({module.config.model_type}): "
+                "give each document a row of its own (packing: false)."
+            )
 
 
 def _refuse_other_rotation(module, tokens: int, position_ids, cache) -> None:

@@ -23,6 +23,17 @@ def sliding_windows(config) -> list[int | None]:
     return [within(sliding(text, layer), text) for layer in range(text.num_hidden_layers)]
 
 
+def is_recurrent(config) -> bool:
+    """Whether some layers of a text configuration hold a state instead of keys, which no packing can tell apart."""
+    return bool({"linear_attention", "conv"} & set(getattr(config, "layer_types", None) or ()))
+
+
+def attends(config, layer: int) -> bool:
+    """Whether a layer of a text configuration attends to tokens at all."""
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or kinds[layer] in ("full_attention", "sliding_attention")
+
+
 def sliding(config, layer: int) -> int | None:
     """The sliding window that a text configuration gives a layer, unless its model makes no sliding mask at all."""
     modelling = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))

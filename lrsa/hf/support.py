@@ -19,6 +19,11 @@ from lrsa.config import LRSAConfig
 
 # Kinds of layers in `config.layer_types`.
 ATTENTION = {"full_attention", "sliding_attention"}
+RECURRENT = {"linear_attention", "conv"}  # their state is kept beside the cache of the others
+EMPTY = {"mlp", "moe"}
+# Recurrent layers that do not go on from their state over several new tokens, in transformers' own cache neither.
+INEXACT = {"jamba", "bamba"}
+OWN_CACHE = {"minimax"}
 
 # What a model may ask of its attention that this one does not do: named and refused, never ignored.
 REFUSED = {
@@ -65,11 +70,17 @@ def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 def _problem(model: PreTrainedModel, text) -> str:
     kinds = getattr(text, "layer_types", None) or ()
-    other = sorted(set(kinds) - ATTENTION)
+    other = sorted(set(kinds) - ATTENTION - RECURRENT - EMPTY)
+    if set(kinds) & RECURRENT and text.model_type in INEXACT:
+        return "its recurrent layers do not go on from their state over several tokens, so chunks would differ"
+    if text.model_type in OWN_CACHE:
+        return "it takes no cache but one of its own class"
+    if getattr(text, "number_of_conv_states", 1) > 1:
+        other = ["several convolution states"]
     if other:
         return (
-            f"it has layers of {', '.join(other)}, which neither its attention nor its cache can hold. Full attention "
-            "and sliding windows are supported"
+            f"it has layers of {', '.join(other)}, which neither its attention nor its cache can hold. Full attention, "
+            "sliding windows and recurrent layers are supported"
         )
     owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text]
     if not all(owner._can_set_attn_implementation() for owner in owners):
@@ -78,6 +89,8 @@ def _problem(model: PreTrainedModel, text) -> str:
             "AttentionInterface"
         )
     modules = attention_modules(model)
+    if set(kinds) & RECURRENT and "full_attention" not in kinds:
+        modules = []
     causal = [module for module in modules if getattr(module, "is_causal", True) is not False]  # others: across inputs
     if modules and not causal:
         return f"{type(modules[0]).__name__} is not causal; lrsa is for causal language models"

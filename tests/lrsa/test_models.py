@@ -116,13 +116,6 @@ FAMILIES = [
         note="attention within chunks",
         refused="layers of chunked_attention",
     ),
-    Family(
-        "Qwen3-Next, LFM2 and other hybrids",
-        "Lfm2Config",
-        {"layer_types": ["conv", "full_attention"] * 2},
-        note="recurrent or convolutional layers between the attention",
-        refused="layers of conv",
-    ),
 ]
 WORKING = [family for family in FAMILIES if not family.refused]
 families = pytest.mark.parametrize("family", WORKING, ids=lambda family: family.name)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig
 
+from lrsa.hf.layers import is_recurrent
 from train.distributed import environment
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
@@ -97,6 +98,9 @@ def share_rows(args: SFTConfig, model: PreTrainedModel, selection: bool) -> None
             f"must divide the model's {heads} attention heads, and divide its {kv_heads} KV heads or be a multiple of "
             f"them, got {size}"
         )
+        problems.append(Problem("", "parallel.sp_size", text))
+    if is_recurrent(text_config):
+        text = f"must be 1, got {size}: the recurrent layers of {type(model).__name__} need whole rows"
         problems.append(Problem("", "parallel.sp_size", text))
     coefficient = getattr(args, "router_aux_loss_coef", None)
     coefficient = getattr(text_config, "router_aux_loss_coef", 0) if coefficient is None else coefficient

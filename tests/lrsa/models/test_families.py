@@ -17,6 +17,10 @@ WORKS = [
     ("phi3", ""),
     ("granite", ""),
     ("gpt_neox", ""),
+    ("gemma4_text", "shared layers"),
+    ("qwen3_5_text", ""),
+    ("lfm2", ""),
+    ("granitemoehybrid", ""),
 ]
 OPTIONS = {(family, variant): options for family, variant, options in cases()}
 

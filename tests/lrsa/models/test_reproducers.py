@@ -21,6 +21,8 @@ REFUSED = [
     ("llama", {"is_causal": False}, "see later ones"),
     ("gemma3_text", SLIDING | {"use_bidirectional_attention": True}, "not causal"),
     ("bert", {"is_decoder": False}, "not causal"),
+    ("jamba", {}, "do not go on from their state"),
+    ("minimax", {}, "one of its own class"),
     ("deepseek_v32", {}, "layers of indexed_attention"),
 ]
 
@@ -143,3 +145,14 @@ def test_blocks_that_see_the_future_are_refused_in_packed_rows_too(positions):
     blocks = torch.tensor([[-1, 0, -1, -1, -1, -1, -1, -1]])  # a block of one token sees nothing new
     found = create_causal_mask(**options, position_ids=positions, block_sequence_ids=blocks)
     assert (found is None) if positions[0, 5] == 5 else torch.equal(found.long(), positions)
+
+
+def test_packed_rows_of_a_recurrent_model_are_refused():
+    subject = Subject(build("qwen3_5_text"))
+    assert checks.packed(subject) == "packing refused"
+    checks.over_the_cache(subject)
+    model, cache = subject.applied(), LRSACache(CONFIG)
+    with torch.no_grad():
+        model(subject.ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
+    held = [layer.held() if hasattr(layer, "held") else None for layer in cache.layers]
+    assert held == [None, [CONFIG.kept_length(60)]] * 2
