@@ -140,6 +140,10 @@ def _check(query, key, value, position_ids, attention_mask, impl):
             f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch, tokens and head_dim; "
             "a query shorter than its keys belongs to an LRSACache."
         )
+    if not (heads and key.shape[1] and channels):
+        raise ValueError(
+            f"query and key need at least one head and one channel, got {tuple(query.shape)} and {tuple(key.shape)}."
+        )
     if heads % key.shape[1]:
         raise ValueError(f"query heads ({heads}) must be a multiple of KV heads ({key.shape[1]}).")
     if attention_mask is not None and tuple(attention_mask.shape) != (batch, tokens):

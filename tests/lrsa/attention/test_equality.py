@@ -205,6 +205,8 @@ def test_auto_says_once_what_it_chose(caplog):
         ),
         ({"value": torch.randn(1, 2, 30, 8, device="meta")}, "torch.float32 on cpu, torch.float32 on meta: convert"),
         ({"query": torch.randn(1, 3, 30, 8)}, r"query heads \(3\) must be a multiple of KV heads \(2\)"),
+        (dict.fromkeys(("query", "key", "value"), torch.randn(1, 2, 30, 0)), "at least one head and one channel"),
+        (dict.fromkeys(("key", "value"), torch.randn(1, 0, 30, 8)), "at least one head and one channel"),
         ({"query": torch.randn(4, 30, 8)}, "got 3D and 4D"),
         ({"attention_mask": torch.ones(1, 1, 30, 30)}, r"2D padding mask \[1, 30\], got \(1, 1, 30, 30\)"),
         ({"position_ids": torch.arange(29)[None]}, r"position_ids must be \[1, 30\]"),
