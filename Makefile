@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed
 
 REAL_MODEL ?= runs/smollm2
 
-.PHONY: help quickstart real-model test test-slow models lint bench clean
+.PHONY: help quickstart real-model test test-slow models docs lint bench clean
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,10 @@ test-slow: $(INSTALLED)  ## The slow tests
 
 models: $(INSTALLED)  ## Judge every causal LM family of the installed transformers; writes docs/models.md
 	$(RUN) -m tests.lrsa.models.sweep
+
+docs: $(INSTALLED)  ## Draw docs/method.png and write docs/api.md again, from the code
+	$(RUN) docs/method.py
+	$(RUN) docs/api.py
 
 lint: $(INSTALLED)  ## Style and unused code
 	$(VENV)/bin/ruff check .
