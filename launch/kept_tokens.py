@@ -46,7 +46,7 @@ def show(options: argparse.Namespace) -> None:
         record["text"] for record in read_records(options.text, setting="--text") if options.start in record["text"]
     ]
     if not texts:
-        raise SettingsError([Problem("--start", options.start, f"is nowhere in {options.text}")])
+        raise SettingsError([Problem("--start", options.start, f"does not occur in {options.text}")])
     try:
         model, tokenizer, _ = lrsa.load(options.model, config=lrsa.LRSAConfig(**given) if given else None)
     except ValueError as error:

@@ -271,7 +271,7 @@ def test_mistakes_of_the_command_line_end_with_one_message(workplace):
         (["data.path=missing.jsonl"], "data.path missing.jsonl: no such file"),
         (["data.path=empty.jsonl"], "there is no record in it"),
         (["data.columns.text=body"], "there is no column 'body'; the columns are text."),
-        (["lora.target_modules=[no_proj]"], "refused by TRL or PEFT: Target modules {'no_proj'} not found"),
+        (["lora.target_modules=[no_proj]"], "no module of the model is called no_proj; did you mean o_proj?"),
         (["lrsa.skip_layers=[5]"], "lrsa: skip_layers must name layers from 0 to 1, got [5]"),
         (["train.lr_scheduler_type=reduce_lr_on_plateau"], "refused by TRL's SFTConfig: lr_scheduler_type"),
         (["train.max_steps=1", "train.warmup_steps=5"], "is untrained: every lora_B is zero"),

@@ -124,5 +124,5 @@ def test_words_that_are_not_there(tmp_path):
     (tmp_path / "text.txt").write_text("house")
     names = dict.fromkeys(("sink_size", "lag_size", "top_k"))
     options = argparse.Namespace(text=str(tmp_path / "text.txt"), start="nowhere", **names)
-    with pytest.raises(ValueError, match="does not contain 'nowhere'"):
+    with pytest.raises(ValueError, match="--start nowhere: does not occur in"):
         show(options)
