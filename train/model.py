@@ -15,7 +15,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoHfQuantizer
 
+from train.failures import is_out_of_memory
 from train.settings.errors import Problem, SettingsError, did_you_mean
 from train.settings.schema import LoraSettings, ModelSettings
 
@@ -54,6 +56,32 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else "auto"
     # Other weights than safetensors are pickles: code, as that which trust_remote_code allows.
     return _load(AutoModelForCausalLM, settings, dtype=dtype, use_safetensors=not settings.trust_remote_code or None)
+
+
+def check_weights(settings: ModelSettings) -> None:
+    """Compare the model's files with its configuration; no weight is kept, so it costs little.
+
+    Raises:
+        SettingsError: when the weights are damaged or of another shape, some are missing, or a quantised model's
+            package is not installed.
+    """
+    quantized = getattr(load_config(settings), "quantization_config", None)
+    if quantized is not None:  # its weights need the device that they are made for
+        try:
+            AutoHfQuantizer.from_config(quantized).validate_environment(device_map=None)
+        except ImportError as error:
+            raise SettingsError([Problem("", f"model.name_or_path {settings.name_or_path}", str(error))]) from error
+        return
+    safe = not settings.trust_remote_code or None
+    options = {"device_map": "meta", "output_loading_info": True, "use_safetensors": safe}
+    info = _load(AutoModelForCausalLM, settings, ignore_mismatched_sizes=True, **options)[1]
+    texts = [f"no weights for {_some(names)}" for names in [sorted(info["missing_keys"])] if names]
+    texts += [f"{name} of {list(has)}, not {list(needs)}" for name, has, needs in sorted(info["mismatched_keys"])[:3]]
+    if texts:
+        text = (
+            f"its files hold {'; '.join(texts)} as config.json says: download the model again, or correct config.json"
+        )
+        raise SettingsError([Problem("", f"model.name_or_path {settings.name_or_path}", text)])
 
 
 def load_config(settings: ModelSettings) -> PreTrainedConfig:
@@ -148,7 +176,15 @@ def _load(auto_class: type, settings: ModelSettings, **options):
             trust_remote_code=settings.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except SafetensorError as error:
+        text = (
+            f"its weights are damaged or incomplete ({error}): download them again; for a Git LFS pointer, run git lfs "
+            "pull"
+        )
+        raise SettingsError([Problem("", f"model.name_or_path {settings.name_or_path}", text)]) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         text = f"cannot be loaded as a causal language model with its tokenizer: {reason}"
         raise SettingsError([Problem("", f"model.name_or_path {settings.name_or_path}", text)]) from error

@@ -27,8 +27,17 @@ from train.distributed.ulysses import (
 from train.estimate.report import out_of_memory
 from train.evaluation import evaluate_run, save_training_losses
 from train.failures import is_out_of_memory
-from train.model import load_model, load_tokenizer, lora_config, target_problems, token_problems, verify_adapter
+from train.model import (
+    check_weights,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    target_problems,
+    token_problems,
+    verify_adapter,
+)
 from train.objective import objective_problems
+from train.preflight import check_trainer
 from train.publish.model_card import save_model_card
 from train.resume.checkpoints import is_finished, newest_checkpoint, replace_text
 from train.resume.run_directory import (
@@ -66,7 +75,9 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
     check_sequence_parallel(settings)
     main = environment.rank() == 0
     console = Console(quiet=not main)
+    check_weights(settings.model)  # before SFTConfig, which makes every model one of ZeRO-3
     args = sft_config(settings, directory)
+    check_trainer(args)
 
     tokenizer = load_tokenizer(settings.model)
     corpus = data.load(settings.data, tokenizer, args.seed, settings.lrsa.dense_length)
