@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
 import data
@@ -149,3 +150,12 @@ def test_generation_stops_where_answers_ended_too():
     none = GenerationConfig()
     turn.add_end_to(none)
     assert none.eos_token_id == [7]
+
+
+def test_a_tokenizer_that_adds_bos_by_itself_adds_no_second_one(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    adds = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = adds
+    assert tokenizer("fox")["input_ids"][0] == tokenizer.bos_token_id
+    ids = PromptFormat.plain(tokenizer).encode(tokenizer, "the fox")["input_ids"][0].tolist()
+    assert ids == byte_tokenizer("<s>the fox")["input_ids"] and ids.count(tokenizer.bos_token_id) == 1
