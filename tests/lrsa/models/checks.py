@@ -1,7 +1,5 @@
-"""What a model has to do under LRSA to count as one that works: every check is an equality with a stated tolerance.
-
-A check returns a remark for the table, or nothing; it raises `AssertionError` when the model is wrong.
-"""
+"""What a model has to do under LRSA to count as one that works, each an equality with a stated tolerance. A check
+returns a remark for the table, or nothing, and raises `AssertionError` when the model is wrong."""
 
 from __future__ import annotations
 
