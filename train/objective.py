@@ -89,22 +89,30 @@ class Objective:
     def total(self, cross_entropy: torch.Tensor) -> torch.Tensor:
         """The whole loss, whose backward also drives the supervision; `cross_entropy` is the trainer's."""
         loss = self.settings.cross_entropy * cross_entropy
+        self.cross_entropy = cross_entropy.detach() * (self.trained.sum() if self.tokens is None else self.tokens)
         self.distillation = None
         if self.settings.distillation:
             states = self._student_states[0][self.trained]
             divergence = self._divergence(states)
-            self.distillation = divergence.detach() / max(len(states), 1)
+            self.distillation = divergence.detach()  # a sum over tokens
             divergence = divergence / (max(len(states), 1) if self.tokens is None else self.tokens)
             loss = loss + self.settings.distillation * divergence
         if self.supervision:
             self.supervision.scale_with(loss)
         return loss
 
-    def parts(self) -> dict[str, float]:
-        """What the loss was made of, in nats per token, for the log."""
-        parts = {} if self.distillation is None else {"distillation": self.distillation.item()}
-        if self.supervision and self.supervision.losses:
-            parts["selection"] = torch.stack(list(self.supervision.losses.values())).mean().item()
+    def parts(self, config: LRSAConfig) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What the loss was made of, as name -> (sum, count) of this process, the same names on every one; in nats.
+
+        Cross-entropy by the step's compression, `config`: one curve for all keep ratios would jump between them.
+        """
+        count = self.trained.sum()
+        parts = {f"loss_keep_{config.keep_ratio:g}": (self.cross_entropy, count)}
+        if self.settings.distillation:
+            parts["distillation"] = (self.distillation, count)
+        if self.settings.selection:
+            losses = list(self.supervision.losses.values())
+            parts["selection"] = (sum(losses, start=count * 0.0), count.new_tensor(len(losses)))
         return parts
 
     def _divergence(self, states: torch.Tensor) -> torch.Tensor:
@@ -152,7 +160,8 @@ def config_of_step(settings: ObjectiveSettings, lrsa: LRSAConfig, step: int, ste
     configs = [lrsa if ratio == lrsa.keep_ratio else lrsa.with_keep_ratio(ratio) for ratio in settings.keep_ratios]
     if settings.schedule == "shrink":
         return configs[min(step * len(configs) // max(steps, 1), len(configs) - 1)]
-    return random.Random(f"{seed} {step}").choice(configs)
+    block, place = divmod(step, len(configs))
+    return random.Random(f"{seed} {block}").sample(configs, len(configs))[place]  # each once before any comes again
 
 
 def objective_problems(settings: ObjectiveSettings, lrsa: LRSAConfig, model) -> list[Problem]:

@@ -51,8 +51,10 @@ class LRSATrainer(ResumableTrainer):
         with objective.watching():
             loss = super().compute_loss(model, objective.model_inputs(), False, num_items_in_batch)
         loss = objective.total(loss)
-        for name, value in objective.parts().items():
-            self._metrics["train"][name].append(value)
+        for name, part in objective.parts(config).items():
+            total, count = self.accelerator.reduce(torch.stack([x.double() for x in part]), "sum").tolist()
+            if count:
+                self._metrics["train"][name].append(total / count)
         return loss
 
     def _compress(self, config: LRSAConfig | None) -> None:

@@ -103,7 +103,9 @@ def find_documents(
         return [Group(None, None, shape, whole=True)]
     # Every layer of a forward asks about the same tensors: the answer stays on the first of them.
     holder, other = (attention_mask, position_ids) if attention_mask is not None else (position_ids, None)
-    versions = [0 if x is None or x.is_inference() else x._version for x in (holder, other)]
+    if any(x is not None and x.is_inference() for x in (holder, other)):  # nothing tells whether these have changed
+        return _find(attention_mask, position_ids, shape)
+    versions = [0 if x is None else x._version for x in (holder, other)]
     known = getattr(holder, "lrsa_documents", None)
     if known is not None and known[0] is other and known[1:3] == (versions, shape):
         return known[3]

@@ -77,7 +77,9 @@ class RowsLayer(CacheLayerMixin):
                 f"this LRSACache holds a batch of {len(self.seen)}, got {query.shape[0]} rows: "
                 "use a new LRSACache for every batch of prompts."
             )
-        self._before = copy.copy(self) if shared else None
+        self._before = None  # not part of the copy: each would hold the one before it
+        if shared:
+            self._before = copy.copy(self)
         tokens = query.shape[2]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         new = [tokens] * len(query) if attention_mask is None else attention_mask.bool().sum(1).tolist()

@@ -14,7 +14,7 @@ from lrsa.attention import lrsa_attention
 from lrsa.attention.documents import find_documents
 from lrsa.attention.sliding import sliding_attention
 from lrsa.config import LRSAConfig
-from lrsa.hf.layers import NAME, config_of, is_recurrent, rotary_switch, window_of
+from lrsa.hf.layers import NAME, config_of, first_attention, is_recurrent, rotary_switch, window_of
 from lrsa.hf.support import REFUSED
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def lrsa_attention_forward(
     layer, attention_mask, position_ids = _owner(module, key, attention_mask, position_ids)
     if shares and tokens < key.shape[2]:  # the model has left out queries whose logits nobody wants
         query = F.pad(query, (0, 0, key.shape[2] - tokens, 0))
-    if module.layer_idx == 0:
+    if module.layer_idx == first_attention(module.config):
         _refuse_other_rotation(module, query.shape[2], position_ids, getattr(key, "lrsa_cache", None))
     cache = getattr(key, "lrsa_cache", None)
     if torch.is_autocast_enabled(query.device.type):
@@ -157,7 +157,8 @@ def _refuse_other_rotation(module, tokens: int, position_ids, cache) -> None:
     switch = rotary_switch(module.config)
     if switch is None:
         return
-    longest = tokens + (cache.get_seq_length() if cache is not None else 0)
+    held = cache is not None and any(hasattr(layer, "seen") for layer in cache.layers)  # not recurrent states alone
+    longest = tokens + (cache.get_seq_length() if held else 0)
     if cache is None and position_ids is not None:
         longest = int(position_ids.max()) + 1
     if longest > switch:

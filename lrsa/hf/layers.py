@@ -34,6 +34,11 @@ def attends(config, layer: int) -> bool:
     return kinds is None or kinds[layer] in ("full_attention", "sliding_attention")
 
 
+def first_attention(config) -> int:
+    """Index of the first layer of a text configuration that attends to tokens."""
+    return next((layer for layer in range(config.num_hidden_layers) if attends(config, layer)), 0)
+
+
 def sliding(config, layer: int) -> int | None:
     """The sliding window that a text configuration gives a layer, unless its model makes no sliding mask at all."""
     modelling = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))

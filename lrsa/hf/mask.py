@@ -46,7 +46,7 @@ def lrsa_mask(
     if attention_mask is None:
         found = positions
     else:
-        padding = attention_mask[:, -q_length:]
+        padding = attention_mask[:, -q_length:].bool()
         found = None if padding.all() else padding
     # Layers that share keys slice their mask by queries, the third dimension of what other attentions take.
     is_sliced = found is not None and getattr(config, "num_kv_shared_layers", 0)

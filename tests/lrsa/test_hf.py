@@ -186,3 +186,13 @@ def test_what_is_not_supported_is_never_ignored(random_llama, option):
     apply_lrsa(random_llama, CONFIG)
     with pytest.raises(ValueError, match=option):
         random_llama(torch.zeros(1, 5, dtype=torch.long), **{option: 3})
+
+
+def test_the_first_layer_that_attends():
+    from transformers import LlamaConfig, Qwen3NextConfig
+
+    from lrsa.hf.layers import first_attention
+
+    kinds = ["linear_attention", "linear_attention", "full_attention"]
+    assert first_attention(Qwen3NextConfig(num_hidden_layers=3, layer_types=kinds)) == 2
+    assert first_attention(LlamaConfig(num_hidden_layers=3)) == 0

@@ -6,6 +6,7 @@ import torch
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
 from lrsa.attention import api
 from lrsa.cache import CACHE_ARGUMENT
+from lrsa.evaluation.measure.state import with_attention
 
 CONFIG = LRSAConfig(2, 8, 2)
 
@@ -33,6 +34,15 @@ def test_the_chosen_implementation_runs_in_forward_and_prefill(random_llama, cal
     apply_lrsa(random_llama, CONFIG)
     random_llama(ids, use_cache=False)
     assert calls[-1] == "native", "the choice is gone with the attention that it was made for"
+
+
+def test_an_evaluation_keeps_the_chosen_implementation(random_llama, calls):
+    ids = torch.randint(0, 48, (1, 60))
+    apply_lrsa(random_llama, CONFIG, impl="reference")
+    with with_attention(random_llama, CONFIG.replace(top_k=4)):
+        random_llama(ids, use_cache=False)
+    random_llama(ids, use_cache=False)
+    assert set(calls) == {"reference"} and len(calls) == 6
 
 
 def test_no_such_implementation(random_llama):

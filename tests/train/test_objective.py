@@ -146,6 +146,19 @@ def test_parts_are_logged(tmp_path, byte_tokenizer):
     assert line["distillation"] > 0 and line["selection"] > 0 and line["kept_fraction"] < 0.7
 
 
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_cross_entropy_is_logged_by_keep_ratio(tmp_path, byte_tokenizer, accumulated):
+    options = {"per_device_train_batch_size": 4 // accumulated, "gradient_accumulation_steps": accumulated}
+    settings = ObjectiveSettings(selection=0.0, keep_ratios=[1.0, 0.25])
+    built = trainer(tmp_path, byte_tokenizer, objective=settings, max_steps=4, learning_rate=0.1, **options)
+    built.train()
+    lines = [line for line in built.state.log_history if "loss" in line]
+    names = [[name for name in line if name.startswith("loss_keep_")] for line in lines]
+    assert sorted(names[:2]) == sorted(names[2:]) == [["loss_keep_0.25"], ["loss_keep_1"]]
+    for line, (name,) in zip(lines, names, strict=True):
+        assert line[name] == pytest.approx(line["loss"], rel=1e-4)
+
+
 def test_keep_ratios_of_steps():
     fixed = ObjectiveSettings()
     assert config_of_step(fixed, LRSA, 3, 10, 0) == LRSA
@@ -153,7 +166,8 @@ def test_keep_ratios_of_steps():
     assert [config_of_step(shrink, LRSA, step, 6, 0).top_k for step in range(6)] == [8, 8, 4, 4, 2, 2]
     draw = ObjectiveSettings(keep_ratios=[1.0, 0.25])
     found = [config_of_step(draw, LRSA, step, 6, 0).top_k for step in range(200)]
-    assert 70 < found.count(8) < 130 and set(found) == {2, 8}
+    assert all(sorted(found[at : at + 2]) == [2, 8] for at in range(0, 200, 2)), "every two steps have both"
+    assert {tuple(found[at : at + 2]) for at in range(0, 200, 2)} == {(2, 8), (8, 2)}
     assert found == [config_of_step(draw, LRSA, step, 6, 0).top_k for step in range(200)], (
         "a resumed run draws the same"
     )

@@ -85,8 +85,8 @@ class ObjectiveSettings(Section):
         "one of them. When not set, 1 (the full cache) and that of lrsa.top_k.",
     )  # fmt: skip
     schedule: Literal["draw", "shrink"] = Field(
-        "draw", description="draw: sample one of keep_ratios per step; shrink: use them in order, an equal number of "
-        "steps each.",
+        "draw", description="draw: one of keep_ratios per step, all of them in random order before any comes again; "
+        "shrink: use them in order, an equal number of steps each.",
     )  # fmt: skip
 
     @property

@@ -81,18 +81,20 @@ def with_attention(model: PreTrainedModel | PeftModel, config: LRSAConfig | None
     """Run under these LRSA settings, or dense when `None`; afterwards the attention is what it was, also on error."""
     before = active_config(model)
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    impls = {module.lrsa_impl for module in model.modules() if hasattr(module, "lrsa_impl")}
+    impl = impls.pop() if len(impls) == 1 else "auto"
     carried = [(found, found.lrsa) for found in configs if hasattr(found, NAME)]  # also by a model that runs dense
     try:
-        _attend(model, config)
+        _attend(model, config, impl)
         yield
     finally:
-        _attend(model, before)
+        _attend(model, before, impl)
         for found, settings in carried:
             found.lrsa = settings
 
 
-def _attend(model, config: LRSAConfig | None) -> None:
+def _attend(model, config: LRSAConfig | None, impl: str) -> None:
     if config is None:
         remove_lrsa(model)
     else:
-        apply_lrsa(model, config)
+        apply_lrsa(model, config, impl)

@@ -178,6 +178,14 @@ def test_mask_changed_in_place_is_seen():
     assert find_documents(mask, None, (1, 10))[0].shape == (1, 7)
 
 
+def test_mask_changed_in_place_is_seen_in_inference_mode():
+    with torch.inference_mode():
+        mask = torch.ones(1, 10, dtype=torch.long)
+        assert find_documents(mask, None, (1, 10))[0].whole
+        mask[0, :3] = 0
+        assert find_documents(mask, None, (1, 10))[0].shape == (1, 7)
+
+
 def test_rows_without_a_real_token():
     states, _ = inputs(2, 4, 2, 30)
     mask = torch.zeros(2, 30, dtype=torch.long)

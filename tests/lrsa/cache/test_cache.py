@@ -254,3 +254,12 @@ def test_reset_starts_afresh(random_llama):
     assert cache.get_seq_length() == 0
     with torch.no_grad():
         close(model(ids[:1], **{CACHE_ARGUMENT: cache}).logits, first[:1])
+
+
+def test_what_other_layers_attend_to_holds_one_earlier_state():
+    """Each state that held the one before it would keep every buffer of a long generation alive."""
+    layer = compressed.CompressedLayer(CONFIG)
+    for tokens in (40, 1, 1):
+        states = torch.randn(1, 2, tokens, 8)
+        layer.attend(torch.randn(1, 4, tokens, 8), states, states, shared=True)
+    assert layer._before is not None and layer._before._before is None

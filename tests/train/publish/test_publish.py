@@ -130,7 +130,7 @@ def test_one_private_commit_holds_everything(published, tiny_run):
         *("tokenizer.json", "tokenizer_config.json"),
         *("custom_generate/generate.py", "custom_generate/settings.py"),
     }
-    assert f"published, private: others need access, and a token, to load it: {hub.url}/user/tiny/commit/" in output
+    assert f"published, private: others need access and a token: {hub.url}/user/tiny/commit/" in output
     weights = hub.files("user/tiny")["adapter_model.safetensors"]
     assert weights == (tiny_run / "adapter_model.safetensors").read_bytes()
     assert client(hub).file_exists("user/tiny", "README.md") and not client(hub, token=False).repo_exists("user/tiny")
