@@ -20,7 +20,8 @@ class SyntheticSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     task: Literal["key_value", "passkey"] = Field(
-        "key_value", description="key_value: several facts, a question about one; passkey: one fact."
+        "key_value",
+        description="key_value: several facts (a name and its code), a question about one; passkey: one fact.",
     )
     keys: int = Field(4, ge=1, description="Facts per key_value row, at random depths.")
     digits: int = Field(3, ge=1, description="Digits of each answer; a digit is one token.")
@@ -39,7 +40,7 @@ class DataSettings(BaseModel):
 
     kind: Literal["qa", "text", "synthetic"] = Field(
         description="qa: question answering over long contexts; text: plain language modelling; "
-        "synthetic: generated retrieval."
+        "synthetic: generated rows that ask for codes hidden among filler words."
     )
     path: str | None = Field(
         None,
@@ -50,7 +51,7 @@ class DataSettings(BaseModel):
     name: str | None = Field(None, description="Configuration (subset) of a Hub data set, for example distractor.")
     split: str = Field("train", description="Split of a Hub data set to train on.")
     eval_path: str | None = Field(
-        None, description="File or data set to evaluate on, instead of rows held out of path."
+        None, description="File or data set to evaluate on, in place of rows held out of the training data."
     )
     eval_split: str | None = Field(None, description="Split of eval_path (or of path) to evaluate on.")
     eval_rows: int = Field(
@@ -61,11 +62,13 @@ class DataSettings(BaseModel):
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Names of the columns in the data, where they differ: {question: ..., context: ..., answers: ...} "
-        "for qa, {text: ...} for text.",
+        description="Names of the columns in your data, where they differ from ours: {question: ..., context: ..., "
+        "answers: ...} for qa, {text: ...} for text.",
     )
     format: Literal["auto", "squad", "hotpotqa", "generic"] = Field(
-        "auto", description="Layout of qa records; auto decides by the first one."
+        "auto",
+        description="Layout of qa records; generic: columns question, context (a text or a list) and answers; auto "
+        "decides by the first record.",
     )
     context_length: int = Field(
         4096, ge=8, description="Maximum tokens per row: prompt, answer and end-of-text token together."
@@ -80,13 +83,14 @@ class DataSettings(BaseModel):
     )
     distractors: Literal["auto", "none", "pool"] = Field(
         "auto",
-        description="qa: pool fills rows up to context_length with passages of other records; none leaves a row with "
-        "its own context; auto is pool for squad and hotpotqa, whose passages are short, and none for other records.",
+        description="qa: pool fills rows up to context_length with passages of other records, among which the "
+        "right one has to be found; none leaves a row with its own context; auto is pool for squad and hotpotqa, "
+        "whose passages are short, and none for other records.",
     )
     shuffle_passages: bool | None = Field(
         None,
-        description="qa: put the passages of a row in random order. null: unless a context is a list of texts without "
-        "titles, such as pages, which then stay together in their order.",
+        description="qa: put the passages of a row in random order. null: yes, unless a context is a list of texts "
+        "without titles, such as pages, which then stay together in their order.",
     )
     end_of_document: bool = Field(
         True,

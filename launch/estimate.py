@@ -3,7 +3,8 @@
   python launch/estimate.py --config qa.yaml --gpus 8
   python launch/estimate.py --config qa.yaml --gpus 8 --device h100 --sp-size 4 --set data.context_length=131072
 
-Ends with 0 when the run fits the device, with 3 when it does not, and with 2 for a mistake in the settings.
+Nothing is run: the prediction has been checked on a CPU only (docs/scaling.md). The exit status is 0 when the run fits
+the device, 3 when it does not, and 2 for a mistake in the settings.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--device", choices=[*DEVICES, "cpu"], help="by default this machine's GPU, else h100")
     parser.add_argument("--sp-size", type=int, help="GPUs per sequence-parallel group, instead of parallel.sp_size")
     parser.add_argument("--zero-stage", type=int, choices=[0, 2, 3], help="instead of the file in train.deepspeed")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers there as well")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers into this file as well")
     options = parser.parse_args()
     fitting = []
     status = explain(lambda: fitting.append(estimate(options)))

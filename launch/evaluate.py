@@ -4,9 +4,10 @@
   python launch/evaluate.py --run runs/qa --keep-ratios 1/2,1/8,1/16 --rows 500 --out runs/qa/more-ratios
   python launch/evaluate.py --adapter user/adapter-on-the-hub --config qa.yaml
 
-Base model and data come from the run's config.yaml, or from --config; sink and lag size always from the
-lrsa_config.json beside the adapter. A control in the run's control/ is measured too. Writes report.md, results.json and
-a picture into --out, by default into the run's directory, where they replace the earlier ones (and its model card).
+Base model and data come from the run's config.yaml, or from --config; the compression always from the lrsa_config.json
+beside the adapter, with top_k changed for each keep ratio (top_k / lag_size). A control (eval.control) is measured too.
+Writes report.md, results.json and pictures into --out, by default into the run's directory, where they replace the
+earlier ones (and its model card).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def main() -> int:
     what.add_argument("--run", metavar="DIR", help="directory of a finished run")
     what.add_argument("--adapter", metavar="DIR_OR_HUB_ID", help="an adapter trained with lrsa; needs --config")
     parser.add_argument("--config", help="base model and data for --adapter; also looked up in configs/")
-    parser.add_argument("--keep-ratios", type=_ratios, metavar="R,R,...", help="keep ratios, such as 1/2,0.25")
+    parser.add_argument(
+        "--keep-ratios", type=_ratios, metavar="R,R,...", help="instead of eval.keep_ratios, as 1/2,0.25"
+    )
     parser.add_argument("--rows", type=int, help="maximum number of evaluation rows")
     parser.add_argument("--batch-size", type=int, help="rows per batch")
     parser.add_argument("--out", metavar="DIR", help="where the report goes")

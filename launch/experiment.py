@@ -1,10 +1,11 @@
-"""Compare training settings: arms x seeds of one configuration, all evaluated on the same rows.
+"""Compare training settings over seeds: every arm is one configuration with some settings changed, trained once per
+seed as by launch/train.py, and all are evaluated on the same rows.
 
   python launch/experiment.py --config configs/experiments/retrieval.yaml
   python launch/experiment.py --config configs/experiments/retrieval.yaml --jobs 2     # two runs at a time
 
-The same command again resumes: finished runs are kept. The experiment's output_dir then holds
-one folder per arm and seed, experiment.md (the table), experiment.png and experiment.json (every row's score); with
+The same command again resumes: finished runs are kept. The experiment's output_dir then holds one folder per arm and
+seed, experiment.md (the table), experiment.png and experiment.json (every row's score); with
 curve_rows also curves.png and curves.json, from the checkpoints that the runs kept.
 """
 

@@ -3,8 +3,9 @@
   python launch/kept_tokens.py --model runs/qa --text book.txt --out runs/qa/kept
   python launch/kept_tokens.py --model Qwen/Qwen2.5-0.5B --lag-size 64 --top-k 16 --text book.txt --out runs/kept
 
-The model is an adapter trained with lrsa, a model into which one was merged, or, with --lag-size and the like, any
-model. Writes kept_tokens.png and kept_tokens.html.
+The model is an adapter trained with lrsa, a model into which one was merged, or, with --sink-size, --lag-size or
+--top-k, any model. One of these three replaces the stored lrsa_config.json as a whole: what is not given is then the
+default (16, 128, 32). Writes kept_tokens.png and kept_tokens.html.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def main() -> int:
     parser.add_argument("--text", required=True, metavar="FILE", help=".txt or .md, or .json and .jsonl with a text")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the picture and the page go")
     parser.add_argument("--start", default="", metavar="WORDS", help="start where these words first occur in the text")
-    parser.add_argument("--tokens", type=int, default=512, help="maximum number of tokens to read")
+    parser.add_argument("--tokens", type=int, default=512, help="maximum number of tokens to read, 512 by default")
     for name in ("sink-size", "lag-size", "top-k"):
-        parser.add_argument(f"--{name}", type=int, help="in place of the model's own lrsa_config.json")
+        parser.add_argument(f"--{name}", type=int, help="see above; default: lrsa_config.json of the model")
     options = parser.parse_args()
     return explain(lambda: show(options))
 

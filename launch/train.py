@@ -4,15 +4,17 @@
   deepspeed launch/train.py --config qa.yaml                       # every GPU of this machine
   deepspeed --num_gpus 2 launch/train.py --config qa.yaml --set lrsa.top_k=64 train.output_dir=runs/qa-64
 
-The run's directory (train.output_dir) then holds the adapter with its lrsa_config.json, the settings as they were used
-(config.yaml), the log (log.jsonl), the data report and the evaluation (report.md, results.json, a picture). The same
-command again is refused: choose --resume to continue, or --overwrite to start again.
+The run's directory (train.output_dir) then holds the adapter with its lrsa_config.json and lrsa_prompt.json, the
+settings in use (config.yaml), the log (log.jsonl) and its losses (training_losses.png), a report on the data
+(data_report.json), the evaluation (report.md, results.json, score_vs_keep_ratio.png) and a model card (README.md). The
+same command again is refused: choose --resume to continue, or --overwrite to start again.
 
 Start a run that may be stopped (a queue, a spot machine) with --resume every time, the first time too. It continues
-from the newest complete checkpoint: a killed run resumes bit for bit. SIGTERM ends it after the current step with a
+from the newest complete checkpoint (train.save_steps): a killed run ends with the very same weights as one that was
+not. SIGTERM ends it after the current step with a
 checkpoint and exit status 75. Under the deepspeed launcher, send the signal to the whole process group
-(kill -TERM -- -PGID); the checkpoint must then be written within 30 seconds. Status 2 is a mistake to correct, 1 any
-other failure.
+(kill -TERM -- -PGID); the checkpoint must then be written within 30 seconds. Status 2 is a mistake in settings, data
+or files, 1 any other failure.
 """
 
 from __future__ import annotations

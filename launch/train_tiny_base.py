@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--output", default="data/tiny_base", metavar="DIR", help="where model and tokenizer go")
     parser.add_argument("--muon-rate", type=float, default=0.02, help="learning rate of the matrices (Muon)")
     parser.add_argument("--adam-rate", type=float, default=3e-3, help="learning rate of everything else (AdamW)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and rows")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and rows")
     options = parser.parse_args()
     return explain(lambda: make_base(options))
 

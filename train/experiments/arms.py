@@ -40,9 +40,11 @@ class Experiment(BaseModel):
     )
     settings: list[str] = Field([], description="section.key=value for all arms")
     arms: dict[str, list[str]] = Field(min_length=1, description="name -> section.key=value of that arm")
-    versus: str = Field(description="arm that the others are compared with, row by row")
+    versus: str = Field(description="arm that the others are compared with, on the same rows")
     controls: list[str] = Field(
-        ["recent", "random"], description="other ways to choose the kept tokens, measured on the base model"
+        ["recent", "random"],
+        description="other ways to choose the kept tokens, measured on the base model: the most recent of every "
+        "window, random ones",
     )
     curve_rows: int = Field(
         0,

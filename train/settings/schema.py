@@ -36,14 +36,20 @@ class ModelSettings(Section):
     name_or_path: str = Field(min_length=1, description="Directory or Hub id of a causal language model.")
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the frozen weights; auto follows train.bf16 and train.fp16, else float32."
+        "auto",
+        description="Type of the frozen base weights; auto: bfloat16 under train.bf16, float16 under train.fp16, "
+        "else float32.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code from the model's repository.")
     chat_template: str | None = Field(
-        None, description="Jinja file that replaces the tokenizer's chat template; none for plain text."
+        None,
+        description="Jinja file that replaces the tokenizer's chat template; the word none: prompts are plain text. "
+        "null: the tokenizer's own.",
     )
     attention: Attention = Field(
-        "auto", description="Implementation of LRSA attention in training; auto is the fastest for device and dtype."
+        "auto",
+        description="Implementation of LRSA attention in training (docs/performance.md); auto: native on a CPU "
+        "with a C++ compiler, else tiled.",
     )
 
 
@@ -63,17 +69,30 @@ class LoraSettings(Section):
 class ObjectiveSettings(Section):
     """The loss of a training step. The dense control is trained with cross-entropy alone."""
 
-    cross_entropy: float = Field(1.0, ge=0, description="Weight of the cross-entropy on the trained tokens.")
+    cross_entropy: float = Field(
+        1.0,
+        ge=0,
+        description="Weight of the cross-entropy on the trained tokens: the answers of "
+        "qa and synthetic rows, all tokens of text.",
+    )
     distillation: float = Field(
         0.0, ge=0, description="Weight of KL(teacher || student) on the trained tokens; the teacher is the base model "
         "with its full cache.",
     )  # fmt: skip
-    distillation_temperature: float = Field(1.0, gt=0, description="Temperature of both distributions.")
+    distillation_temperature: float = Field(
+        1.0, gt=0, description="Temperature of both distributions of the distillation."
+    )
     selection: float | None = Field(
-        None, ge=0, description="Weight of the selection loss (match the full-cache teacher's attention). Default 1; "
-        "0 for kind: text.",
+        None, ge=0, description="Weight of the selection loss: LRSA's scores of each window are trained towards "
+        "the attention that later tokens of the teacher (base model, full cache) send there. Default 1; 0 for "
+        "data.kind: text.",
     )  # fmt: skip
-    selection_temperature: float = Field(20.0, gt=0, description="Factor of the scores before their softmax.")
+    selection_temperature: float = Field(
+        20.0,
+        gt=0,
+        description="Factor by which LRSA's scores are multiplied before the "
+        "softmax of the selection loss: more is sharper.",
+    )
     selection_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, description="Layers with a selection loss; all compressed layers when not set."
     )
@@ -81,8 +100,8 @@ class ObjectiveSettings(Section):
         256, ge=1, description="Maximum number of query tokens per document in the selection loss, evenly spaced."
     )
     keep_ratios: list[Ratio] | None = Field(
-        None, description="Keep ratios to train with, so that one adapter serves them all; that of lrsa.top_k must be "
-        "one of them. When not set, 1 (the full cache) and that of lrsa.top_k.",
+        None, description="Keep ratios (top_k / lag_size) to train with, so that one adapter serves them all; that of "
+        "lrsa.top_k must be one of them. When not set, 1 (the full cache) and that of lrsa.top_k.",
     )  # fmt: skip
     schedule: Literal["draw", "shrink"] = Field(
         "draw", description="draw: one of keep_ratios per step, all of them in random order before any comes again; "
@@ -103,25 +122,34 @@ class ParallelSettings(Section):
         "tp_size": "tensor parallelism is not tested with LoRA; use ZeRO-3 (train.deepspeed) and sp_size",
     }
     sp_size: int = Field(
-        1, ge=1, description="GPUs per sequence-parallel group (Ulysses); groups are data-parallel. Needs "
-        "train.deepspeed.",
+        1, ge=1, description="GPUs that share every row (sequence parallelism, Ulysses), for rows too long for "
+        "one; groups of that many are data-parallel. Needs train.deepspeed.",
     )  # fmt: skip
 
 
 class EvalSettings(Section):
     """What is measured after training, on the rows that `data` held out."""
 
-    enabled: bool = Field(True, description="Evaluate after training.")
+    enabled: bool = Field(
+        True,
+        description="Evaluate base and adapter after training; train.eval_strategy is TRL's own loss during training.",
+    )
     keep_ratios: list[Ratio] = Field(
-        [0.5, 0.25, 0.125], description="Keep ratios to evaluate, beside the full cache and that of lrsa.top_k."
+        [0.5, 0.25, 0.125],
+        description="Keep ratios (top_k / lag_size) to evaluate, beside the full cache and that of lrsa.top_k.",
     )
     rows: int | None = Field(None, ge=1, description="Maximum number of evaluation rows; all when not set.")
     batch_size: int = Field(8, ge=1, description="Rows per batch.")
     max_new_tokens: int | None = Field(
-        None, ge=1, description="Maximum length of a generated answer; the task decides when not set."
+        None,
+        ge=1,
+        description="Maximum length of a generated answer; when not set, that of the longest correct answer and "
+        "one token. Not used by text, whose loss is measured.",
     )
     control: bool = Field(
-        False, description="Also train a dense LoRA with the same data, seed and steps, and evaluate both."
+        False,
+        description="Also train a control, a LoRA with dense attention and cross-entropy on the same data, seed "
+        "and steps, into control/ of the run, and evaluate both. Twice the time.",
     )
 
 
@@ -178,13 +206,15 @@ BOUNDS = {
 # or on another section, and is filled in by `with_defaults`.
 OURS = {
     "output_dir": (str | None, None, "Directory of the run. Default runs/NAME-OF-THE-CONFIGURATION."),
-    "max_length": (int | None, None, "Length of packed rows, at least data.context_length, which is the default."),
+    "max_length": (int | None, None, "Length of packed rows; default and minimum are data.context_length. Not used "
+    "without packing."),
     "use_cpu": (bool | None, None, "Train on the CPU. Default true without a GPU."),
     "bf16": (bool | None, None, "bfloat16 mixed precision. Default true on a GPU that supports it, without fp16."),
     "activation_checkpointing": (bool | None, None, "Recompute activations in the backward pass instead of keeping "
                                  "them. Default true on a GPU."),
     "gradient_checkpointing": (bool | None, None, "Older name of activation_checkpointing."),
-    "deepspeed": (dict | str | None, None, "DeepSpeed configuration: a JSON file, or a mapping."),
+    "deepspeed": (dict | str | None, None, "DeepSpeed configuration: a JSON file, also looked up in configs/, or a "
+    "mapping."),
     "resume_from_checkpoint": (Literal["auto"] | None, None, "auto: the same as --resume."),
     "packing_strategy": (Literal["bfd", "bfd_split"], "bfd", "How rows are packed: best-fit decreasing, without or "
                          "with splitting rows that are too long. TRL's wrapped would cut rows in the middle."),
@@ -230,9 +260,10 @@ TrainSettings = create_model("TrainSettings", __base__=TrainerSection, **_traine
 
 # Meanings of the fields of LRSAConfig, which checks itself.
 LRSA = {
-    "sink_size": "First tokens of a row that are always kept.",
-    "lag_size": "Tokens per window; a window is scored against the window after it.",
-    "top_k": "Tokens kept of each window, per KV head. top_k equal to lag_size keeps everything: dense attention.",
+    "sink_size": "Number of first tokens of a row that are always kept.",
+    "lag_size": "Tokens per window; a window is scored against the window after it, so the last one to two stay whole.",
+    "top_k": "Tokens kept of each older window, per KV head; top_k / lag_size is the keep ratio. top_k equal to "
+    "lag_size keeps everything: dense attention.",
     "value_weight": "Weight of the values' score against the keys' score (LagKV's score_v_ratio).",
     "skip_layers": "Indices of layers that stay dense, in training and in the cache.",
 }
