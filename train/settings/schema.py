@@ -104,8 +104,8 @@ class ObjectiveSettings(Section):
         "lrsa.top_k must be one of them. When not set, 1 (the full cache) and that of lrsa.top_k.",
     )  # fmt: skip
     schedule: Literal["draw", "shrink"] = Field(
-        "draw", description="draw: one of keep_ratios per step, all of them in random order before any comes again; "
-        "shrink: use them in order, an equal number of steps each.",
+        "draw", description="draw: keep_ratios in random order, each once before any comes again; shrink: use them "
+        "in order, an equal number of steps each.",
     )  # fmt: skip
 
     @property
