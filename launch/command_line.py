@@ -83,7 +83,7 @@ def _tell(message: str, patience: int = PATIENCE) -> None:
 
 def _mistakes() -> tuple[type[Exception], ...]:
     from data import DataError
-    from train.model import AdapterError
+    from train.adapter import AdapterError
     from train.settings.errors import SettingsError
 
     return (SettingsError, DataError, AdapterError, RunStopped, RunFailed)

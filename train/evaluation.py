@@ -13,8 +13,9 @@ from lrsa import LRSAConfig
 from lrsa.evaluation import Results, Variant, compare, draw_training, print_report, save_report
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
 from lrsa.loading import refuse_pickle
+from train.adapter import ADAPTER_NAME
 from train.failures import RunFailed, first_line, is_out_of_memory
-from train.model import ADAPTER_NAME, load_model
+from train.model import load_model
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
 

@@ -15,6 +15,7 @@ from trl import SFTConfig
 
 import data
 from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
+from train.adapter import lora_config, target_problems, verify_adapter
 from train.banner import plan_of, print_banner
 from train.distributed import environment
 from train.distributed.ulysses import (
@@ -27,15 +28,7 @@ from train.distributed.ulysses import (
 from train.estimate.report import out_of_memory
 from train.evaluation import evaluate_run, save_training_losses
 from train.failures import is_out_of_memory
-from train.model import (
-    check_weights,
-    load_model,
-    load_tokenizer,
-    lora_config,
-    target_problems,
-    token_problems,
-    verify_adapter,
-)
+from train.model import check_weights, load_model, load_tokenizer, token_problems
 from train.objective import objective_problems
 from train.preflight import check_trainer
 from train.publish.model_card import save_model_card

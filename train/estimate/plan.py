@@ -152,7 +152,7 @@ def shape_from_config(config, settings: RunSettings) -> ModelShape:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from train.model import lora_config
+    from train.adapter import lora_config
 
     try:
         with torch.device("meta"):

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm.auto import tqdm
 
 from lrsa.evaluation.measure.controls import CONTROLS
+from train.adapter import ADAPTER_NAME
 from train.failures import RunFailed
-from train.model import ADAPTER_NAME
 from train.settings.errors import SettingsError, field_problems
 from train.settings.load import RunSettings, load_settings
 from train.settings.sources import read_source

@@ -10,7 +10,7 @@ from pathlib import Path
 from lrsa import LRSAConfig, PromptFormat
 from lrsa.evaluation import Results
 from lrsa.prompt import PROMPT_NAME
-from train.model import ADAPTER_NAME, AdapterError, verify_adapter
+from train.adapter import ADAPTER_NAME, AdapterError, verify_adapter
 from train.publish.model_card import CARD_NAME, hub_id, model_card
 from train.publish.redaction import Redaction, remaining_paths
 from train.resume.run_directory import CONFIG_NAME, PUBLISHED_NAME, config_of_run

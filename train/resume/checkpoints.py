@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import TrainingArguments
 
-from train.model import AdapterError, verify_adapter
+from train.adapter import AdapterError, verify_adapter
 from train.settings.errors import Problem, SettingsError
 
 COMPLETE = "complete.json"

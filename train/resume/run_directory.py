@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from data.report import REPORT_NAME, DataReport
-from train.model import ADAPTER_NAME
+from train.adapter import ADAPTER_NAME
 from train.resume.checkpoints import STATE, checkpoints
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings, load_settings

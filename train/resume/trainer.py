@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
+from train.adapter import ADAPTER_NAME
 from train.failures import ProcessLost, RunFailed, RunStopped, first_line, is_lost_connection
-from train.model import ADAPTER_NAME
 from train.resume.checkpoints import COMPLETE, checkpoints, damage, mark_complete, remove_damaged, remove_old
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from launch.command_line import explain
 from tests.tiny_run import ROOT, make_workplace
-from train.model import verify_adapter
+from train.adapter import verify_adapter
 from train.settings.load import load_settings
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from train.model import AdapterError, verify_adapter
+from train.adapter import AdapterError, verify_adapter
 
 
 def test_verify_adapter_refuses_what_is_of_no_use(tmp_path):
