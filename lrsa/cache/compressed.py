@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from lrsa.attention.api import attend_rows, lrsa_attention
-from lrsa.cache.rows import RowsLayer
+from lrsa.cache.rows import RowsLayer, on_device
 from lrsa.config import LRSAConfig
 from lrsa.selection import select_tokens
 
@@ -61,8 +61,8 @@ class CompressedLayer(RowsLayer):
         if not rows:
             return
         lag, device = self.config.lag_size, self.keys.device
-        far = torch.tensor([self._far(before[row]) for row in rows], device=device)[:, None, None]
-        row = torch.tensor(rows, device=device)[:, None, None]
+        far = on_device((self._far(before[row]) for row in rows), device)[:, None, None]
+        row = on_device(rows, device)[:, None, None]
         head = torch.arange(self.keys.shape[1], device=device)[None, :, None]
         window = torch.arange(2 * lag, device=device)
         near = [buffer[row, head, far + window] for buffer in (self.keys, self.values)]
@@ -82,11 +82,11 @@ def _compress(keys, values, lengths: list[int], config: LRSAConfig) -> tuple[tor
         return keys.clone(), values.clone()
     device = keys.device
     position = torch.arange(length, device=device)
-    near = config.sink_size + config.lag_size * torch.tensor(counts, device=device)[:, None]
+    near = config.sink_size + config.lag_size * on_device(counts, device)[:, None]
     stays = ((position < config.sink_size) | (position >= near))[:, None].repeat(1, keys.shape[1], 1)
     index = select_tokens(keys, values, config).index.flatten(2)
     stays |= torch.zeros_like(stays).scatter_(2, index, True)
-    stays &= (position < torch.tensor(lengths, device=device)[:, None])[:, None]
+    stays &= (position < on_device(lengths, device)[:, None])[:, None]
     held = max(config.kept_length(n) for n in lengths)
     order = (~stays).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :held, None]
     return tuple(x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))

@@ -9,7 +9,9 @@ Shapes: B batch, H query heads, G KV heads, T new tokens, S tokens, D head dim.
 from __future__ import annotations
 
 import copy
+import functools
 from abc import abstractmethod
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -114,18 +116,19 @@ class RowsLayer(CacheLayerMixin):
     def _decode(self, query, key, value, new: list[int], scale: float) -> torch.Tensor:
         """One token per row: write it into the row's next place, attend, and drop in rows whose windows are full."""
         batch, heads, _, channels = query.shape
-        device = key.device
         places = [self._place(seen) for seen in self.seen]
         self._reserve(max(places) + 1)
-        rows = torch.tensor([row for row, count in enumerate(new) if count], device=device)
-        ends = torch.tensor([places[row] for row, count in enumerate(new) if count], device=device)
-        self.keys[rows, :, ends], self.values[rows, :, ends] = key[rows, :, 0], value[rows, :, 0]
+        if all(new) and min(places) == max(places):
+            self.keys[:, :, places[0]], self.values[:, :, places[0]] = key[:, :, 0], value[:, :, 0]
+        else:
+            rows = on_device((row for row, count in enumerate(new) if count), key.device)
+            ends = on_device((places[row] for row, count in enumerate(new) if count), key.device)
+            self.keys[rows, :, ends], self.values[rows, :, ends] = key[rows, :, 0], value[rows, :, 0]
         state = zip(self.held(), places, new, strict=True)
         held = [max(length, place + 1) if count else length for length, place, count in state]
         mask = None
         if min(held) < max(held):
-            mask = torch.arange(max(held), device=device) < torch.tensor(held, device=device)[:, None]
-            mask = mask[:, None, None]
+            mask = _first_of(tuple(held), key.device, torch.is_inference_mode_enabled())
         # The query heads of a KV head are the rows of one small attention, so that its keys are read once.
         out = F.scaled_dot_product_attention(
             query.reshape(batch, key.shape[1], -1, channels),
@@ -135,7 +138,7 @@ class RowsLayer(CacheLayerMixin):
             scale=scale,
         ).reshape(batch, heads, 1, channels)
         if not all(new):
-            out = out.masked_fill(torch.tensor(new, device=device)[:, None, None, None] == 0, 0.0)
+            out = out.masked_fill(on_device(new, key.device)[:, None, None, None] == 0, 0.0)
         before, self.seen = self.seen, [seen + count for seen, count in zip(self.seen, new, strict=True)]
         if self._before is not None:  # what is dropped in place now must be there for other layers
             drops = sum(self.held()) < sum(held)
@@ -150,7 +153,7 @@ class RowsLayer(CacheLayerMixin):
         for state in sorted(set(zip(self.seen, new, strict=True))):
             rows = [row for row, pair in enumerate(zip(self.seen, new, strict=True)) if pair == state]
             seen, count = state
-            at = torch.tensor(rows, device=key.device)
+            at = on_device(rows, key.device)
             fresh = [x[at] for x in (query, key, value)]
             if attention_mask is not None:
                 fresh = [_left_aligned(x, attention_mask[at])[:, :, :count] for x in fresh]
@@ -213,6 +216,22 @@ class RowsLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         raise ValueError("LRSACache cannot be offloaded: use it without offloading; it is small by design.")
+
+
+def on_device(numbers: Iterable[int], device: torch.device) -> torch.Tensor:
+    """Whole numbers as int64 `[N]`, not to be written to. All layers of a step ask for the same: the first copies."""
+    return _copied(tuple(numbers), device, torch.is_inference_mode_enabled())
+
+
+@functools.lru_cache(maxsize=32)
+def _copied(numbers: tuple[int, ...], device: torch.device, inference: bool) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.long, device=device)  # what inference mode makes is of no use to autograd
+
+
+@functools.lru_cache(maxsize=4)
+def _first_of(held: tuple[int, ...], device: torch.device, inference: bool) -> torch.Tensor:
+    """Mask `[B, 1, 1, longest]` of the first `held[b]` places of every row."""
+    return (torch.arange(max(held), device=device) < on_device(held, device)[:, None])[:, None, None]
 
 
 def _left_aligned(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

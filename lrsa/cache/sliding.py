@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from lrsa.attention import sliding
-from lrsa.cache.rows import RowsLayer
+from lrsa.cache.rows import RowsLayer, on_device
 
 
 class SlidingLayer(RowsLayer):
@@ -42,7 +42,7 @@ class SlidingLayer(RowsLayer):
     def _remains(self, keys, values, lengths: list[int], seen: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """The rings of rows of `lengths` tokens, which come behind `seen - length(seen)` older ones."""
         gone = seen - self.length(seen)
-        last = torch.tensor(lengths, device=keys.device)[:, None] + gone - 1
+        last = on_device(lengths, keys.device)[:, None] + gone - 1
         place = torch.arange(self.length(max(lengths) + gone), device=keys.device)
         token = (last - (last - place) % self.window - gone).clamp(min=0)[:, None, :, None]
         return tuple(x.gather(2, token.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values))

@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import lrsa
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
-from lrsa.cache import CACHE_ARGUMENT, compressed
+from lrsa.cache import CACHE_ARGUMENT, compressed, rows
 from lrsa.cache.sliding import SlidingLayer
 from lrsa.selection import select_tokens
 from tests.lrsa.cache.feeding import close, over_cache, padded
@@ -203,6 +203,41 @@ def test_prefill_makes_nothing_of_size_t_by_t(random_llama, layers):
     with Largest() as largest, torch.no_grad():
         dense(ids, attention_mask=(ids >= 0).long().index_fill(1, torch.tensor([0]), 0), logits_to_keep=1)
     assert largest.elements >= 3000 * 3000  # what the measuring finds where a mask is made
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts the tensors that are made of Python numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten.lift_fresh.default
+        return operation(*args, **kwargs or {})
+
+
+def test_decoding_copies_positions_once_per_step(random_llama):
+    """Of rows of different lengths: where to write, what is held, what is cut; the three layers share them."""
+    model = apply_lrsa(random_llama, CONFIG)
+    ids, mask = padded([torch.randint(0, 48, (length,)) for length in (40, 33, 20)])
+    _, cache = over_cache(model, ids, [40], CONFIG, mask)
+    rows._copied.cache_clear()
+    with HostCopies() as copies, torch.no_grad():
+        for _ in range(16):
+            model(ids[:, :1], **{CACHE_ARGUMENT: cache})
+    assert 16 < copies.count <= 16 * 3 + 6 * 2  # six windows were cut, for which two more are needed
+    assert cache.layers[0].held() == [CONFIG.kept_length(length + 16) for length in (40, 33, 20)]
+
+
+def test_decoding_with_gradients_behind_inference(random_llama):
+    """What is shared between steps was not made in inference mode, whose tensors autograd refuses."""
+    model = apply_lrsa(random_llama, CONFIG)
+    ids, mask = padded([torch.randint(0, 48, (length,)) for length in (40, 33)])
+    for mode in (torch.inference_mode(), torch.enable_grad()):
+        _, cache = over_cache(model, ids, [40], CONFIG, mask)
+        with mode:
+            logits = model(ids[:, :1], **{CACHE_ARGUMENT: cache}).logits
+    logits.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.slow
