@@ -15,7 +15,7 @@ from lrsa.attention.documents import find_documents
 from lrsa.attention.sliding import sliding_attention
 from lrsa.config import LRSAConfig
 from lrsa.hf.layers import NAME, config_of, first_attention, is_recurrent, rotary_switch, window_of
-from lrsa.hf.support import REFUSED
+from lrsa.hf.support import REFUSED, check_named
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ def lrsa_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The function that transformers calls in every layer: `[B, H, T, D]` in, `[B, T, H, D]` out."""
+    if not hasattr(module, "lrsa_impl"):  # loaded by the name of this attention, without apply_lrsa
+        check_named(module.config, module)
+        module.lrsa_impl = "auto"
     _refuse(module, attention_mask, dropout, kwargs)
     tokens, shares = query.shape[2], getattr(module, "is_kv_shared_layer", False)
     attention_mask, position_ids = _documents(attention_mask, position_ids)
@@ -47,7 +50,7 @@ def lrsa_attention_forward(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    window, impl = window_of(module, kwargs), getattr(module, "lrsa_impl", "auto")
+    window, impl = window_of(module, kwargs), module.lrsa_impl
     options = {"scale": scaling, "position_ids": position_ids, "attention_mask": attention_mask}
     if cache is not None:
         _compare(cache.config, config_of(module))
@@ -132,12 +135,19 @@ def _owner(module, key, attention_mask, position_ids) -> tuple:
     """The layer whose keys these are, their padding mask and their positions: other layers may attend to them again."""
     if getattr(module, "store_full_length_kv", False):
         key.lrsa_owner = module.layer_idx, attention_mask, position_ids
+        key.lrsa_cut = not torch.is_grad_enabled()
     if not getattr(module, "is_kv_shared_layer", False):
         return module.layer_idx, attention_mask, position_ids
     if not hasattr(key, "lrsa_owner"):
         raise ValueError(
             f"lrsa does not support layers of {type(module).__name__} that share keys across devices: keep the layers "
             "of the model on one."
+        )
+    if key.lrsa_cut and torch.is_grad_enabled():
+        raise ValueError(
+            f"layers of {type(module).__name__} share keys, whose gradients gradient checkpointing with "
+            "use_reentrant=True loses, in transformers itself too: train with gradient_checkpointing: false, or, but "
+            "under ZeRO-3, which needs it so, with gradient_checkpointing_kwargs: {use_reentrant: false}."
         )
     return key.lrsa_owner
 

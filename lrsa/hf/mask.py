@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
 from lrsa.hf.layers import NAME
+from lrsa.hf.support import check_named
 
 
 def lrsa_mask(
@@ -37,6 +38,8 @@ def lrsa_mask(
         raise ValueError(
             "lrsa does not support this model: it adds its own pattern to the causal mask. Use lrsa.remove_lrsa(model)."
         )
+    if config is not None and not hasattr(config, NAME):
+        check_named(config)
     batch_size = args[0] if batch_size is None else batch_size
     q_length = args[1] if q_length is None else q_length
     positions = None

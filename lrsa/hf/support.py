@@ -13,7 +13,7 @@ import textwrap
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lrsa.config import LRSAConfig
 
@@ -52,7 +52,7 @@ def check_model(model: PreTrainedModel, config: LRSAConfig) -> None:
         ValueError: with the model's class, the reason, and what is supported.
     """
     name, text = type(model).__name__, text_config(model)
-    problem = _problem(model, text)
+    problem = _problem_of_config(text) or _problem(model, text)
     if problem:
         raise ValueError(f"lrsa does not support {name}: {problem}.")
     layers = text.num_hidden_layers
@@ -68,7 +68,22 @@ def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in mine if _source(type(module)) is not None]
 
 
-def _problem(model: PreTrainedModel, text) -> str:
+def check_named(config: PreTrainedConfig, module: torch.nn.Module | None = None) -> None:
+    """Refuse what `check_model` refuses of a model that was loaded with `attn_implementation="lrsa"` alone.
+
+    Args:
+        config: as the model gives it to its mask; module: a layer that attends.
+
+    Raises:
+        ValueError: with the kind of model, the reason, and what is supported.
+    """
+    text = config.get_text_config(decoder=True)
+    problem = _problem_of_config(text) or (module is not None and _problem_of_module(module))
+    if problem:
+        raise ValueError(f"lrsa does not support this model ({text.model_type}): {problem}.")
+
+
+def _problem_of_config(text) -> str:
     kinds = getattr(text, "layer_types", None) or ()
     other = sorted(set(kinds) - ATTENTION - RECURRENT - EMPTY)
     if set(kinds) & RECURRENT and text.model_type in INEXACT:
@@ -82,6 +97,13 @@ def _problem(model: PreTrainedModel, text) -> str:
             f"it has layers of {', '.join(other)}, which neither its attention nor its cache can hold. Full attention, "
             "sliding windows and recurrent layers are supported"
         )
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
+        return "its tokens see later ones; lrsa is for causal language models"
+    return ""
+
+
+def _problem(model: PreTrainedModel, text) -> str:
+    kinds = getattr(text, "layer_types", None) or ()
     owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text]
     if not all(owner._can_set_attn_implementation() for owner in owners):
         return (
@@ -96,8 +118,6 @@ def _problem(model: PreTrainedModel, text) -> str:
         return f"{type(modules[0]).__name__} is not causal; lrsa is for causal language models"
     if not modules or not hasattr(text, "num_hidden_layers"):
         return "no layer of its language model attends through AttentionInterface, so there is nothing to compress"
-    if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
-        return "its tokens see later ones; lrsa is for causal language models"
     return next(filter(None, map(_problem_of_module, causal)), "")
 
 
@@ -105,6 +125,8 @@ def _problem_of_module(module: torch.nn.Module) -> str:
     name, source = type(module).__name__, _source(type(module))
     if not hasattr(module, "layer_idx"):
         return f"{name} does not know its layer (layer_idx)"
+    if getattr(module, "is_causal", True) is False:
+        return f"{name} is not causal; lrsa is for causal language models"
     if source.calls > 1:
         return f"{name} attends {source.calls} times in one layer, and a cache would store its tokens as often"
     if source.problem:

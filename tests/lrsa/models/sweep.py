@@ -1,7 +1,8 @@
 """Judge every causal LM family of the installed transformers: `python -m tests.lrsa.models.sweep`.
 
 A tiny random model of each is right (all of `checks` hold), refused (by `apply_lrsa`, in an error that names the
-model), or fails, which makes the command exit 1. The table goes into docs/models.md.
+model), not judged (no tiny model of it can be made or run here), or fails, which makes the command exit 1. The table
+goes into docs/models.md.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tests.lrsa.models.build import SLIDES, WINDOW, build, fields_of
 DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
 MARKERS = ("<!-- made by `make models` -->\n", "\n<!-- end -->")
 SECONDS = 240  # for one family
+KINDS = ("works", "refused", "not judged", "fails")
 
 # Configurations of a family that its default does not show.
 SHARING = {"num_kv_shared_layers": 2, "layer_types": SLIDES, "sliding_window": WINDOW}
@@ -80,8 +82,6 @@ SPECIAL = [
     ),
     ("llama", "dynamic NTK", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}),
 ]
-
-
 NOT_SLIDING = {"lfm3", "zaya", "deepseek_v4", "minimax"}  # these have their own kinds of layers
 
 
@@ -90,7 +90,7 @@ class Verdict:
     """What became of a family.
 
     Attributes:
-        verdict: "works", "refused" or "fails"; why: a remark, the refusal, or what is wrong.
+        verdict: one of `KINDS`; why: a remark, the refusal, or what is wrong.
     """
 
     family: str
@@ -107,12 +107,7 @@ def cases() -> list[tuple[str, str, dict]]:
     own = {family for family, *_ in SPECIAL}
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         fields = fields_of(CONFIG_MAPPING[family])
-        if {"sliding_window", "layer_types"} <= fields and family not in own | {
-            "lfm3",
-            "zaya",
-            "deepseek_v4",
-            "minimax",
-        }:
+        if {"sliding_window", "layer_types"} <= fields and family not in own | NOT_SLIDING:
             options = SLIDING | ({"use_sliding_window": True} if "use_sliding_window" in fields else {})
             found.append((family, "sliding", options))
     return sorted(found + SPECIAL, key=lambda case: case[0])
@@ -131,7 +126,7 @@ def judge(family: str, variant: str, options: dict, which=tuple(checks.CHECKS)) 
         try:
             refusal = refused_unbuilt(family)
         except Exception as error:  # AutoModelForCausalLM lists it, and cannot make one either
-            return verdict("refused", f"by transformers: {_short(error)}")
+            return verdict("not judged", _short(error))
         return verdict("refused", refusal) if refusal else verdict("fails", f"no tiny model: {_short(error)}")
     name = type(model).__name__
     try:
@@ -141,7 +136,7 @@ def judge(family: str, variant: str, options: dict, which=tuple(checks.CHECKS)) 
         try:
             checks.logits(model, torch.ones(1, 9, dtype=torch.long))
         except Exception as error:  # no language model by itself
-            return verdict("refused", f"by transformers: {_short(error)}")
+            return verdict("not judged", _short(error))
     try:
         apply_lrsa(model, checks.CONFIG)
     except ValueError as error:
@@ -221,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
             with options.json.open("a") as file:
                 file.write(json.dumps(asdict(verdict)) + "\n")
     counts = Counter(verdict.verdict for verdict in verdicts)
-    print(", ".join(f"{counts[kind]} {kind}" for kind in ("works", "refused", "fails")))
+    print(", ".join(f"{counts[kind]} {kind}" for kind in KINDS))
     if not options.families and step == 1:
         write(verdicts)
     return int(counts["fails"] > 0)
@@ -232,7 +227,7 @@ def write(verdicts: list[Verdict]) -> None:
     counts = Counter(verdict.verdict for verdict in verdicts)
     lines = [
         f"With transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}: "
-        + ", ".join(f"{counts[kind]} {kind}" for kind in ("works", "refused", "fails"))
+        + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
         + f", of {len({v.family for v in verdicts})} families.",
         "",
         "| family | variant | class | | |",
