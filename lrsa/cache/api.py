@@ -6,7 +6,9 @@ attention "lrsa", which has the queries too, calls `attend`: once, for the layer
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -98,6 +100,25 @@ class LRSACache(Cache):
             "assisted decoding takes tokens back, and an LRSACache has dropped what they displaced: call generate "
             "without assistant_model and prompt_lookup_num_tokens."
         )
+
+    def rows(self, indices: Sequence[int]) -> LRSACache:
+        """A cache that holds copies of some rows of this one."""
+        part = copy.copy(self)
+        part.layers = [copy.copy(layer) for layer in self.layers]
+        part.batch_select_indices(torch.tensor(indices))
+        return part
+
+    def append_rows(self, other: LRSACache) -> None:
+        """Take in the rows of another cache, behind the own ones.
+
+        Rows are independent of each other, so those of one batch may have seen any number of tokens. Give the model
+        `position_ids` then, each row's own: it would count from the longest.
+        """
+        for layer, more in zip(self.layers, other.layers, strict=True):
+            if isinstance(layer, LinearAttentionLayer):
+                raise ValueError("rows of caches with recurrent states cannot be put together: use a cache for each.")
+            if isinstance(layer, RowsLayer):
+                layer.append_rows(more)
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError("LRSACache cannot be cropped, because dropped tokens are gone: start with a new LRSACache.")

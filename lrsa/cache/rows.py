@@ -210,6 +210,16 @@ class RowsLayer(CacheLayerMixin):
             self.keys, self.values = (x[indices.to(x.device)] for x in (self.keys, self.values))
             self.seen = [self.seen[index] for index in indices.tolist()]
 
+    def append_rows(self, other: RowsLayer) -> None:
+        """Take in the rows of another layer of the same kind, behind the own ones."""
+        length = max(self.keys.shape[2], other.keys.shape[2])
+        self.keys, self.values = (
+            torch.cat([F.pad(x, (0, 0, 0, length - x.shape[2])) for x in pair])
+            for pair in ((self.keys, other.keys), (self.values, other.values))
+        )
+        self.seen = [*self.seen, *other.seen]
+        self.columns = max(self.columns, other.columns)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
             self.batch_select_indices(torch.arange(len(self.seen)).repeat_interleave(repeats))
