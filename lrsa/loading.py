@@ -60,7 +60,7 @@ def load(
     hub = {name: options[name] for name in ("token", "cache_dir", "local_files_only") if name in options}
     tokenizer_options = hub | {"trust_remote_code": options["trust_remote_code"]}
     found = hub | {"revision": revision}
-    adapter = _adapter(str(source), found)
+    adapter = fetch_adapter(str(source), found)
     if adapter is None:
         if base_model is not None:
             raise ValueError(f"base_model is for an adapter, and {source} is a model: leave base_model out")
@@ -110,7 +110,7 @@ def refuse_pickle(adapter: Path) -> None:
         )
 
 
-def _adapter(source: str, hub: dict) -> Path | None:
+def fetch_adapter(source: str, hub: dict) -> Path | None:
     """The directory of an adapter, fetched at one commit if it lies on the Hub; None when the source is a model.
 
     What was fetched before is found without the Hub too.

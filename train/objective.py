@@ -121,7 +121,9 @@ class Objective:
         head, config = model.get_output_embeddings(), model.config.get_text_config()
         cap, heat = getattr(config, "final_logit_softcapping", None), self.settings.distillation_temperature
 
-        def log_probabilities(rows: torch.Tensor) -> torch.Tensor:
+        base_head = getattr(head, "original_module", head)  # of a head in lora.modules_to_save
+
+        def log_probabilities(rows: torch.Tensor, head=head) -> torch.Tensor:
             logits = head(rows)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             logits = logits if cap is None else cap * torch.tanh(logits / cap)
@@ -129,7 +131,7 @@ class Objective:
 
         def part(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
-                target = log_probabilities(teacher)
+                target = log_probabilities(teacher, base_head)
             return F.kl_div(log_probabilities(student), target, log_target=True, reduction="sum")
 
         chunks = _most_of_any_process(math.ceil(len(states) / max(LOGITS // config.vocab_size, 1)), states.device)

@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 import data
 from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
-from train.adapter import lora_config, target_problems, verify_adapter
+from train.adapter import lora_config, module_problems, start_from, verify_adapter
 from train.banner import plan_of, print_banner
 from train.distributed import environment
 from train.distributed.ulysses import (
@@ -138,6 +138,8 @@ def train_adapter(
     print_banner(console, settings, trainer, corpus.report)
     try:
         newest = newest_checkpoint(Path(args.output_dir), trainer.made_by, console) if resume else None
+        if newest is None and settings.lora.init_from is not None:
+            start_from(trainer.model, settings.lora)
         trainer.train(resume_from_checkpoint=newest)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -158,7 +160,7 @@ def train_adapter(
 def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokenizer, lrsa) -> LRSATrainer:
     """Base model with its attention set, LoRA and trainer; what the libraries refuse becomes a SettingsError."""
     model = load_model(settings.model)
-    problems = target_problems(settings.lora.target_modules, model)
+    problems = module_problems(settings.lora, model)
     problems += token_problems(tokenizer, _highest_token(corpus), model)
     problems += [] if lrsa is None else objective_problems(settings.objective, lrsa, model)
     if problems:

@@ -181,11 +181,14 @@ def _evaluation(results: Results | None) -> str:
 def _training(settings: RunSettings) -> str:
     """The most important settings."""
     train, data = settings.train, settings.data
-    objective = settings.objective.model_dump()
+    objective, lora = settings.objective.model_dump(), settings.lora.model_dump(exclude_defaults=True)
+    lora = {"r": settings.lora.r, "lora_alpha": settings.lora.lora_alpha} | lora
+    if settings.lora.init_from:
+        lora["init_from"] = hub_id(settings.lora.init_from) or "a local adapter"
     rows = {
         "data": f"{_data_name(settings, data.path)}, {data.kind}, rows of up to {data.context_length} tokens",
         "LRSA": ", ".join(f"{name} {value}" for name, value in settings.lrsa.items()),
-        "LoRA": ", ".join(f"{name} {value}" for name, value in settings.lora.model_dump().items()),
+        "LoRA": ", ".join(f"{name} {value}" for name, value in lora.items()),
         "objective": ", ".join(f"{name} {value}" for name, value in objective.items() if value is not None),
         "length": f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs",
         "batch": f"{train.per_device_train_batch_size} rows per device x "

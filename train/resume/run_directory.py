@@ -50,6 +50,10 @@ def check_run_directory(settings: RunSettings, resume: bool, overwrite: bool) ->
             "move them away"
         )
         raise SettingsError([Problem("", "train.output_dir", text)])
+    start = settings.lora.init_from
+    if start is not None and Path(start).resolve().is_relative_to(directory.resolve()):
+        text = f"{shown(directory)} holds the adapter of lora.init_from, which would be lost: choose another directory"
+        raise SettingsError([Problem("", "train.output_dir", text)])
     earlier = directory / ADAPTER_NAME
     if not earlier.is_file():
         earlier = next(reversed(checkpoints(directory)), None)

@@ -17,8 +17,13 @@ def with_defaults(settings: RunSettings, *, use_cpu: bool | None = None) -> RunS
     Args:
         use_cpu: whether the run will train on a CPU, for one that is planned for another machine; otherwise a GPU is
             used where there is one.
+
+    Raises:
+        SettingsError: when the adapter of `lora.init_from` cannot be continued.
     """
     import torch
+
+    from train.adapter import continued
 
     elsewhere = use_cpu is not None
     given = settings.train.given()
@@ -34,7 +39,8 @@ def with_defaults(settings: RunSettings, *, use_cpu: bool | None = None) -> RunS
     if model.dtype == "auto":
         precise = "bfloat16" if train.bf16 else "float16" if train.fp16 else "float32"
         model = model.model_copy(update={"dtype": precise})
-    return dataclasses.replace(settings, model=model, train=train, objective=_objective(settings))
+    lora = continued(settings.lora)
+    return dataclasses.replace(settings, model=model, lora=lora, train=train, objective=_objective(settings))
 
 
 def _objective(settings: RunSettings) -> ObjectiveSettings:

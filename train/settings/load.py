@@ -11,7 +11,7 @@ from data.settings import DataSettings
 from lrsa import LRSAConfig
 from lrsa.config import LRSAConfigError
 from train.settings.errors import FieldPath, SettingsError, did_you_mean, field_problems, unknown_setting
-from train.settings.paths import check_deepspeed, relative_to, with_data_files, with_model_files
+from train.settings.paths import check_deepspeed, relative_to, with_adapter_files, with_data_files, with_model_files
 from train.settings.schema import (
     LRSA,
     SECTIONS,
@@ -71,6 +71,7 @@ def load_settings(config: str, overrides: list[str] | None = None) -> RunSetting
         hint = did_you_mean(name, SECTIONS)
         problems[(name,)] = f"unknown section{hint}; sections are {', '.join(SECTIONS)}"
     values["model"] = with_model_files(source, values["model"], problems)
+    values["lora"] = with_adapter_files(source, values["lora"], problems)
     values["data"] = with_data_files(source, values["data"])
     values["train"] = check_deepspeed(source, values["train"], problems)
     built = {name: _build(name, values[name], problems) for name in SECTIONS}

@@ -11,7 +11,8 @@ from train.settings.schema import ParallelSettings
 from train.settings.sources import Source, shown
 
 # Settings that may name a local file or directory. `train.output_dir` is none of them: a run makes it where it starts.
-PATHS = {"model": ("name_or_path", "chat_template"), "data": ("path", "eval_path"), "train": ("deepspeed",)}
+PATHS = {"model": ("name_or_path", "chat_template"), "lora": ("init_from",), "data": ("path", "eval_path"),
+         "train": ("deepspeed",)}  # fmt: skip
 WRITTEN_BY_DEEPSPEED = (
     ("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"),
 )  # fmt: skip
@@ -63,6 +64,17 @@ def with_model_files(source: Source, values: dict, problems: dict[FieldPath, str
         else:
             problems["model", "chat_template"] = f"no such file: {template}"
     return result
+
+
+def with_adapter_files(source: Source, values: dict, problems: dict[FieldPath, str]) -> dict:
+    """`lora` with a local adapter's path made absolute; a name that can be no Hub id must be a directory."""
+    name = values.get("init_from")
+    path = source.find("lora", "init_from") if isinstance(name, str) and name else None
+    if path is not None and path.is_dir():
+        return values | {"init_from": str(path)}
+    if isinstance(name, str) and (path is not None or name.startswith((".", "/", "~")) or name.count("/") != 1):
+        problems["lora", "init_from"] = f"no such directory of an adapter: {name}"
+    return values
 
 
 def check_deepspeed(source: Source, values: dict, problems: dict[FieldPath, str]) -> dict:

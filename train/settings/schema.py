@@ -11,59 +11,15 @@ import types
 import typing
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, Field, create_model
 from pydantic.fields import FieldInfo
 from trl import SFTConfig
 
 from data.settings import DataSettings
 from lrsa import LRSAConfig
-from lrsa.attention.api import IMPLEMENTATIONS
+from train.settings.model import LoraSettings, ModelSettings, Section
 
-Attention = Literal[("auto", *IMPLEMENTATIONS)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """One section of a configuration; `not_here` says of names that people try what to use instead."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-    not_here: ClassVar[dict[str, str]] = {}
-
-
-class ModelSettings(Section):
-    """The base model and how it is loaded."""
-
-    name_or_path: str = Field(min_length=1, description="Directory or Hub id of a causal language model.")
-    revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="Type of the frozen base weights; auto: bfloat16 under train.bf16, float16 under train.fp16, "
-        "else float32.",
-    )
-    trust_remote_code: bool = Field(False, description="Run Python code from the model's repository.")
-    chat_template: str | None = Field(
-        None,
-        description="Jinja file that replaces the tokenizer's chat template; the word none: prompts are plain text. "
-        "null: the tokenizer's own.",
-    )
-    attention: Attention = Field(
-        "auto",
-        description="Implementation of LRSA attention in training (docs/performance.md); auto: native on a CPU "
-        "with a C++ compiler, else tiled.",
-    )
-
-
-class LoraSettings(Section):
-    """The adapter, under PEFT's own names. No `bias`: a trained bias stays when the adapter is switched off, so the
-    base model could not be measured beside its adapter."""
-
-    r: int = Field(16, ge=1, description="Rank of the adapter.")
-    lora_alpha: float = Field(32, gt=0, description="The adapter's output is scaled by lora_alpha / r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in training only.")
-    target_modules: str | list[str] = Field(
-        "all-linear", description="all-linear (every linear layer except the head), or names such as [q_proj, v_proj]."
-    )
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
 
 
 class ObjectiveSettings(Section):
