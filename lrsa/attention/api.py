@@ -13,6 +13,7 @@ import torch
 from lrsa.attention import flex, reference, sliding
 from lrsa.attention.cpu import build, kernel
 from lrsa.attention.documents import attend_documents
+from lrsa.attention.softmax import Softmax
 from lrsa.attention.tiled import attention as tiled
 from lrsa.attention.tiled import sdpa
 from lrsa.config import LRSAConfig
@@ -36,6 +37,8 @@ def lrsa_attention(
     config: LRSAConfig,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     impl: str = "auto",
@@ -46,6 +49,8 @@ def lrsa_attention(
         query: `[B, H, T, D]`, after RoPE; key, value: `[B, G, T, D]` with `H % G == 0`.
         config: the settings.
         scale: factor of the scores before the softmax, `D ** -0.5` when `None`.
+        softcap: scores become `softcap * tanh(score / softcap)`, as in Gemma 2; `"tiled"` and `"cudnn"` refuse it.
+        sinks: `[H]`, a further score in the softmax of every query of a head, with value 0, as in GPT-OSS.
         position_ids: `[B, T]` or `[1, T]`; a row is cut into documents where they restart, as packing does.
         attention_mask: the 2D padding mask `[B, T]`, nonzero where a token is real; padding on any side.
         impl: `"reference"` (dense mask, for tests), `"native"` (compiled, CPU), `"tiled"` (PyTorch's flash kernels tile
@@ -53,7 +58,7 @@ def lrsa_attention(
             only: `"cudnn"` (the same tiles by cuDNN) and `"flex"` (FlexAttention; on a CPU without gradients).
 
     Returns:
-        `[B, H, T, D]` in the query's dtype; 0 at padding. Gradients flow to query, key and value.
+        `[B, H, T, D]` in the query's dtype; 0 at padding. Gradients flow to query, key, value and sinks.
 
     Raises:
         ValueError: when shapes, dtypes, devices or `impl` cannot be used.
@@ -61,13 +66,18 @@ def lrsa_attention(
     Source: LRSA, arXiv 2506.11498.
     """
     _check(query, key, value, position_ids, attention_mask, impl)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attend = functools.partial(attend_rows, config=config, scale=scale, impl=impl)
+    softmax = Softmax.of(query, scale, softcap, sinks)
+    attend = functools.partial(attend_rows, config=config, softmax=softmax, impl=impl)
     return attend_documents(attend, query, key, value, attention_mask, position_ids)
 
 
 def attend_rows(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: LRSAConfig, scale: float, impl: str = "auto"
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    config: LRSAConfig,
+    softmax: Softmax,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """`lrsa_attention` over rows without padding, unchecked; the queries are the last `T` of the `S` tokens of a row.
 
@@ -80,11 +90,16 @@ def attend_rows(
     length = key.shape[2]
     is_dense = length <= config.dense_length or config.top_k == config.lag_size
     if is_dense and impl != "reference":  # the oracle takes no shorter way
-        return sliding.attend(query, key, value, length, scale)  # a window over everything
+        if softmax.is_plain:
+            return sliding.attend(query, key, value, length, softmax)  # a window over everything
+        # One window, of the queries, behind a sink of all older tokens.
+        config = config.replace(sink_size=length - query.shape[2], lag_size=query.shape[2], top_k=1)
     if impl == "auto":
         impl = choose(query.device.type, query.dtype, query.shape[-1])
+        if impl == "tiled" and softmax.softcap is not None:
+            impl = "flex" if query.is_cuda and query.shape[2] == length else "reference"
     selection = select_tokens(key, value, config)
-    return IMPLEMENTATIONS[impl](query, key, value, selection, config, scale)
+    return IMPLEMENTATIONS[impl](query, key, value, selection, config, softmax)
 
 
 @functools.cache

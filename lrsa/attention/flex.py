@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from lrsa.attention.softmax import Softmax
 from lrsa.config import LRSAConfig
 from lrsa.selection import Selection
 
@@ -31,7 +32,7 @@ def attend(
     value: torch.Tensor,
     selection: Selection,
     config: LRSAConfig,
-    scale: float,
+    softmax: Softmax,
 ) -> torch.Tensor:
     """Attend over whole rows without padding.
 
@@ -59,11 +60,21 @@ def attend(
             layout.queries(query),
             *states,
             block_mask=layout.mask(query.device),
-            scale=scale,
+            score_mod=_capped(softmax.softcap),
+            scale=softmax.scale,
             enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=None if softmax.sinks is None else AuxRequest(lse=True),
         )
+    if softmax.sinks is not None:
+        out, lse = out[0], out[1].lse
+        out = (out * torch.sigmoid(lse - softmax.sinks[:, None]).unsqueeze(-1)).to(query.dtype)
     sink, body = config.sink_size, layout.sink
     return torch.cat([out[:, :, :sink], out[:, :, body : body + length - sink]], dim=2)
+
+
+@functools.cache  # another function would be compiled anew
+def _capped(softcap: float | None) -> Callable | None:
+    return None if softcap is None else lambda score, *place: softcap * torch.tanh(score / softcap)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from lrsa.attention.softmax import Softmax
 from lrsa.config import LRSAConfig
 from lrsa.selection import Selection
 from lrsa.visibility import visible
@@ -18,7 +19,7 @@ def attend(
     value: torch.Tensor,
     selection: Selection,
     config: LRSAConfig,
-    scale: float,
+    softmax: Softmax,
 ) -> torch.Tensor:
     """Attend over rows without padding; the queries are the last `T` of the `S` tokens of each row.
 
@@ -29,10 +30,6 @@ def attend(
     Returns:
         `[B, H, T, D]` in the query's dtype. Takes memory of size `T x S` for every head.
     """
-    groups = query.shape[1] // key.shape[1]
     length = key.shape[2]
     positions = torch.arange(length - query.shape[2], length, device=query.device)
-    mask = visible(selection, positions, length, config)
-    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scale
-    weights = scores.masked_fill(~mask.repeat_interleave(groups, 1), float("-inf")).softmax(-1)
-    return weights @ value.repeat_interleave(groups, 1)
+    return softmax.attend(query, key, value, visible(selection, positions, length, config))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from lrsa.attention.api import attend_rows, lrsa_attention
+from lrsa.attention.softmax import Softmax
 from lrsa.cache.rows import RowsLayer, on_device
 from lrsa.config import LRSAConfig
 from lrsa.selection import select_tokens
@@ -43,8 +44,8 @@ class CompressedLayer(RowsLayer):
     def _attend_whole(self, query, key, value, impl: str, **options) -> torch.Tensor:
         return lrsa_attention(query, key, value, self.attention, impl=impl, **options)
 
-    def _attend_behind(self, query, keys, values, seen: int, scale: float, impl: str) -> torch.Tensor:
-        return attend_rows(query, keys, values, self.attention.replace(sink_size=self._far(seen)), scale, impl)
+    def _attend_behind(self, query, keys, values, seen: int, softmax: Softmax, impl: str) -> torch.Tensor:
+        return attend_rows(query, keys, values, self.attention.replace(sink_size=self._far(seen)), softmax, impl)
 
     def _in_order(self, states: torch.Tensor, seen: int) -> torch.Tensor:
         """What is held of rows of `seen` tokens, earliest first."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from lrsa.attention.documents import find_documents
+from lrsa.attention.softmax import Softmax
 
 
 class RowsLayer(CacheLayerMixin):
@@ -59,6 +60,8 @@ class RowsLayer(CacheLayerMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
         impl: str = "auto",
         shared: bool = False,
     ) -> torch.Tensor:
@@ -68,7 +71,8 @@ class RowsLayer(CacheLayerMixin):
             query: `[B, H, T, D]`; key, value: the new tokens, `[B, G, T, D]`.
             attention_mask: `[B, T]`, nonzero where a new token is real; `None` when all are.
             position_ids: as `lrsa_attention` takes them; used while the cache is empty.
-            impl: as `lrsa_attention` takes it; a single new token is always one small dense attention.
+            scale, softcap, sinks, impl: as `lrsa_attention` takes them; a single new token is always one small dense
+                attention.
             shared: other layers will call `attend_again`.
 
         Returns:
@@ -83,14 +87,14 @@ class RowsLayer(CacheLayerMixin):
         if shared:
             self._before = copy.copy(self)
         tokens = query.shape[2]
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        softmax = Softmax.of(query, scale, softcap, sinks)
         new = [tokens] * len(query) if attention_mask is None else attention_mask.bool().sum(1).tolist()
         if not any(self.seen):
-            out = self._first(query, key, value, attention_mask, position_ids, new, scale, impl)
+            out = self._first(query, key, value, attention_mask, position_ids, new, softmax, impl)
         elif tokens == 1:
-            out = self._decode(query, key, value, new, scale)
+            out = self._decode(query, key, value, new, softmax)
         else:
-            out = self._extend(query, key, value, attention_mask, new, scale, impl)
+            out = self._extend(query, key, value, attention_mask, new, softmax, impl)
         self.columns += tokens
         return out
 
@@ -100,12 +104,12 @@ class RowsLayer(CacheLayerMixin):
         reader._drop = lambda before: None
         return reader.attend(*args, **kwargs)
 
-    def _first(self, query, key, value, attention_mask, position_ids, new: list[int], scale, impl) -> torch.Tensor:
+    def _first(self, query, key, value, attention_mask, position_ids, new: list[int], softmax, impl) -> torch.Tensor:
         """The first tokens of every row."""
         documents = find_documents(attention_mask, position_ids, (len(new), query.shape[2]))
         if sum(group.shape[0] for group in documents) > len(new):
             raise ValueError("an LRSACache row holds one document, got packed rows: give each a row of its own.")
-        options = {"scale": scale, "position_ids": position_ids, "attention_mask": attention_mask}
+        options = vars(softmax) | {"position_ids": position_ids, "attention_mask": attention_mask}
         out = self._attend_whole(query, key, value, impl, **options)
         if attention_mask is not None:
             key, value = (_left_aligned(x, attention_mask) for x in (key, value))
@@ -113,7 +117,7 @@ class RowsLayer(CacheLayerMixin):
         self.seen, self.is_initialized = new, True
         return out
 
-    def _decode(self, query, key, value, new: list[int], scale: float) -> torch.Tensor:
+    def _decode(self, query, key, value, new: list[int], softmax: Softmax) -> torch.Tensor:
         """One token per row: write it into the row's next place, attend, and drop in rows whose windows are full."""
         batch, heads, _, channels = query.shape
         places = [self._place(seen) for seen in self.seen]
@@ -129,14 +133,12 @@ class RowsLayer(CacheLayerMixin):
         mask = None
         if min(held) < max(held):
             mask = _first_of(tuple(held), key.device, torch.is_inference_mode_enabled())
-        # The query heads of a KV head are the rows of one small attention, so that its keys are read once.
-        out = F.scaled_dot_product_attention(
-            query.reshape(batch, key.shape[1], -1, channels),
-            self.keys[:, :, : max(held)],
-            self.values[:, :, : max(held)],
-            attn_mask=mask,
-            scale=scale,
-        ).reshape(batch, heads, 1, channels)
+        states = self.keys[:, :, : max(held)], self.values[:, :, : max(held)], mask
+        if softmax.is_plain:  # the query heads of a KV head are the rows of one small attention: its keys are read once
+            query = query.reshape(batch, key.shape[1], -1, channels)
+            out = F.scaled_dot_product_attention(query, *states, scale=softmax.scale).reshape(batch, heads, 1, channels)
+        else:
+            out = softmax.attend(query, *states)
         if not all(new):
             out = out.masked_fill(on_device(new, key.device)[:, None, None, None] == 0, 0.0)
         before, self.seen = self.seen, [seen + count for seen, count in zip(self.seen, new, strict=True)]
@@ -146,7 +148,7 @@ class RowsLayer(CacheLayerMixin):
         self._drop(before)
         return out
 
-    def _extend(self, query, key, value, attention_mask, new: list[int], scale: float, impl: str) -> torch.Tensor:
+    def _extend(self, query, key, value, attention_mask, new: list[int], softmax: Softmax, impl: str) -> torch.Tensor:
         """Several tokens per row over a filled cache: rows of one length together, each group like a fresh row."""
         out = torch.zeros_like(query)
         parts: list[tuple[torch.Tensor, torch.Tensor]] = [None] * len(new)
@@ -162,7 +164,7 @@ class RowsLayer(CacheLayerMixin):
                 for buffer, x in zip((self.keys, self.values), fresh[1:], strict=True)
             )
             if count:
-                part = self._attend_behind(fresh[0], keys, values, seen, scale, impl)
+                part = self._attend_behind(fresh[0], keys, values, seen, softmax, impl)
                 if attention_mask is None:
                     out[at] = part
                 else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from lrsa.attention import sliding
+from lrsa.attention.softmax import Softmax
 from lrsa.cache.rows import RowsLayer, on_device
 
 
@@ -31,8 +32,8 @@ class SlidingLayer(RowsLayer):
     def _attend_whole(self, query, key, value, impl: str, **options) -> torch.Tensor:
         return sliding.sliding_attention(query, key, value, self.window, **options)
 
-    def _attend_behind(self, query, keys, values, seen: int, scale: float, impl: str) -> torch.Tensor:
-        return sliding.attend(query, keys, values, self.window, scale)
+    def _attend_behind(self, query, keys, values, seen: int, softmax: Softmax, impl: str) -> torch.Tensor:
+        return sliding.attend(query, keys, values, self.window, softmax)
 
     def _in_order(self, states: torch.Tensor, seen: int) -> torch.Tensor:
         """What is held of rows of `seen` tokens, earliest first."""

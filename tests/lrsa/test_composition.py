@@ -56,8 +56,9 @@ def test_operators_are_registered_rightly():
     """PyTorch's own check of custom operators: schema, autograd, fake tensors and tracing."""
     states = [torch.randn(1, heads, 60, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     index = select_tokens(*states[1:], CONFIG).index
-    torch.library.opcheck(torch.ops.lrsa.tiled.default, (*states, index, 3, 8, 0.3, "flash"))
-    torch.library.opcheck(torch.ops.lrsa.native.default, (*states, index, 3, 8, 0.3))
+    for sinks in (None, torch.zeros(4, dtype=torch.float64, requires_grad=True)):
+        torch.library.opcheck(torch.ops.lrsa.tiled.default, (*states, index, sinks, 3, 8, 0.3, "flash"))
+        torch.library.opcheck(torch.ops.lrsa.native.default, (*states, index, sinks, 3, 8, 0.3, 0.0))
 
 
 @pytest.mark.parametrize(("impl", "module", "function"), [("native", kernel, "_call"), ("tiled", sdpa, "forward")])

@@ -56,10 +56,11 @@ struct Problem {
     Real *lse;                         // [B, G, T, H / G], as a power of 2
     Real *grad_key, *grad_value;       // [parts, B, G, S, D]
     Real *scratch;                     // of every thread
+    const Real *sinks;                 // [H], a further score of every query of a head; null for none
     const int64_t *index;              // kept positions, [B, G, windows, top_k]
     int64_t batch, heads, kv_heads, tokens, length, channels;
     int64_t sink_size, lag_size, top_k, windows, parts, threads, bf16;
-    double scale;
+    double scale, softcap;             // softcap 0 for none
 
     int64_t group() const { return heads / kv_heads; }
     int64_t padded() const { return (channels + LANES - 1) / LANES * LANES; }
@@ -189,6 +190,16 @@ static void give(const Problem &p, const Tensor &x, const Task &task, const Pane
 
 constexpr double LOG2E = 1.44269504088896340736;
 
+// Scores, as powers of 2, become cap * tanh(score / cap); their gradients, if any, what the backward multiplies weights with.
+static void cap_scores(int count, Real cap, Real *scores, Real *grads, const Real *delta) {
+    for (int i = 0; i < count * PANEL; i += LANES) {
+        Vec power = vec(scores + i) * Real(2 * LOG2E) / cap;
+        Vec slope = 2 / (exp2(power > 60 ? splat(60) : power) + 1);  // 1 - tanh
+        vec(scores + i) = cap - cap * slope;
+        if (grads) vec(grads + i) = (vec(grads + i) - vec(delta + i % PANEL)) * slope * (2 - slope);
+    }
+}
+
 struct Scratch {  // the parts of a thread's scratch, one after the other
     Real *next, *end;
 
@@ -218,8 +229,13 @@ static void forward(const Problem &p, const Task &task, Scratch scratch) {
     std::fill(out, out + count * size, Real(0));
     std::fill(sum, sum + count * PANEL, Real(0));
     std::fill(top, top + count * PANEL, -std::numeric_limits<Real>::infinity());
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count; i++) {
         take<Element>(p, p.query, task, panels[i], nullptr, 0, query + i * size, p.scale * LOG2E);
+        for (int r = 0; p.sinks && r < PANEL; r++) {  // a key that comes first: its value adds nothing to the output
+            top[i * PANEL + r] = p.sinks[panels[i].heads[r]] * Real(LOG2E);
+            sum[i * PANEL + r] = 1;
+        }
+    }
     for (int64_t start = 0, total = keys.positions.size(); start < total; start += BLOCK) {
         const int block = std::min<int64_t>(BLOCK, total - start);
         gather<Element>(p, p.key, task, &keys.positions[start], block, key);
@@ -228,6 +244,7 @@ static void forward(const Problem &p, const Task &task, Scratch scratch) {
             const int n = panels[i].seen(keys, start, block);
             if (!n) continue;
             multiply<false>(n, PANEL, p.channels, key, padded, query + i * size, PANEL, scores, PANEL, false);
+            if (p.softcap) cap_scores(n, p.softcap * LOG2E, scores, nullptr, nullptr);
             panels[i].hide(keys, start, n, scores);
             for (int r = 0; r < PANEL; r += LANES) {
                 Vec old = vec(top + i * PANEL + r), highest = old;
@@ -295,9 +312,10 @@ static void backward(const Problem &p, const Task &task, Real *grad_key, Real *g
             if (!n) continue;
             multiply<false>(n, PANEL, p.channels, key, padded, query_turned + i * size, PANEL, weights, PANEL, false);
             multiply<false>(n, PANEL, p.channels, value, padded, grad_turned + i * size, PANEL, scores, PANEL, false);
+            if (p.softcap) cap_scores(n, p.softcap * LOG2E, weights, scores, delta + i * PANEL);
             panels[i].hide(keys, start, n, weights);
             for (int r = 0; r < PANEL; r += LANES) {
-                const Vec norm = vec(lse + i * PANEL + r), mean = vec(delta + i * PANEL + r);
+                const Vec norm = vec(lse + i * PANEL + r), mean = p.softcap ? Vec{} : vec(delta + i * PANEL + r);
                 for (int c = 0; c < n; c++) {
                     Vec weight = exp2(vec(weights + c * PANEL + r) - norm);
                     vec(weights + c * PANEL + r) = weight;

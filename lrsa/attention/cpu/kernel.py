@@ -8,11 +8,13 @@ Shapes: B batch, H query heads, G KV heads, T query tokens, S key tokens, D head
 from __future__ import annotations
 
 import ctypes
+import math
 from pathlib import Path
 
 import torch
 
 from lrsa.attention.cpu import build
+from lrsa.attention.softmax import Softmax, sinks_gradient
 from lrsa.config import LRSAConfig
 from lrsa.selection import Selection
 
@@ -25,7 +27,7 @@ def attend(
     value: torch.Tensor,
     selection: Selection,
     config: LRSAConfig,
-    scale: float,
+    softmax: Softmax,
 ) -> torch.Tensor:
     """Attend over rows without padding; the queries are the last `T` of the `S` tokens of each row.
 
@@ -53,8 +55,9 @@ def attend(
             f"impl='native' takes fp16, bf16, fp32 or fp64, got {query.dtype}: convert query, key and value."
         )
     if query.dtype == torch.float16:
-        return attend(*(x.float() for x in (query, key, value)), selection, config, scale).to(query.dtype)
-    return _attend(query, key, value, selection.index, config.sink_size, config.lag_size, scale)[0]
+        return attend(*(x.float() for x in (query, key, value)), selection, config, softmax).to(query.dtype)
+    numbers = config.sink_size, config.lag_size, softmax.scale, softmax.softcap or 0.0
+    return _attend(query, key, value, selection.index, softmax.sinks, *numbers)[0]
 
 
 # Operators of their own, so that selective checkpointing can keep the output and compilers see one opaque call.
@@ -64,17 +67,21 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     index: torch.Tensor,
+    sinks: torch.Tensor | None,
     sink_size: int,
     lag_size: int,
     scale: float,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H, T, D]` and log-sum-exp `[B, G, T, H / G]`, as a power of 2."""
+    """Output `[B, H, T, D]` and log-sum-exp `[B, G, T, H / G]`, as a power of 2; the sinks are part of both."""
     batch, heads, tokens, _ = query.shape
     kv_heads = key.shape[1]
     out = _like(query)
     lse = query.new_empty(batch, kv_heads, tokens, heads // kv_heads, dtype=_exact(query))
     states = {"query": query, "key": key, "value": value, "out": out, "lse": lse, "index": index}
-    _call("lrsa_forward", states, sink_size, lag_size, scale)
+    if sinks is not None:
+        states["sinks"] = sinks.to(lse.dtype)
+    _call("lrsa_forward", states, sink_size, lag_size, scale, softcap)
     return out, lse
 
 
@@ -90,6 +97,7 @@ def _attend_backward(
     sink_size: int,
     lag_size: int,
     scale: float,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value."""
     parts = _parts(key.shape[0] * key.shape[1], torch.get_num_threads())
@@ -97,12 +105,12 @@ def _attend_backward(
     grad_key, grad_value = (key.new_zeros(parts, *key.shape, dtype=_exact(key)) for _ in range(2))
     states = {"query": query, "key": key, "value": value, "out": out, "lse": lse, "index": index, "grad": grad}
     results = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
-    _call("lrsa_backward", states | results, sink_size, lag_size, scale, parts)
+    _call("lrsa_backward", states | results, sink_size, lag_size, scale, softcap, parts)
     return grad_query, *((x[0] if parts == 1 else x.sum(0)).to(key.dtype) for x in (grad_key, grad_value))
 
 
 @_attend.register_fake
-def _(query, key, value, index, sink_size, lag_size, scale):
+def _(query, key, value, index, *rest):
     shape = query.shape[0], key.shape[1], query.shape[2], query.shape[1] // key.shape[1]
     return _like(query), query.new_empty(shape, dtype=_exact(query))
 
@@ -113,13 +121,18 @@ def _(grad, query, key, value, *rest):
 
 
 def _setup(ctx, inputs, output):
-    query, key, value, index, *ctx.numbers = inputs
+    query, key, value, index, sinks, *ctx.numbers = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, index)
+    ctx.save_for_backward(query, key, value, *output, index, sinks)
 
 
 def _backward(ctx, grad, grad_lse):
-    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * (1 + len(ctx.numbers))
+    *states, sinks = ctx.saved_tensors
+    grads = _attend_backward(grad, *states, *ctx.numbers)
+    if sinks is not None:
+        out, lse = states[3:5]
+        sinks = sinks_gradient(sinks, lse.transpose(2, 3).flatten(1, 2) * math.log(2), grad, out)
+    return *grads, None, sinks, *[None] * len(ctx.numbers)
 
 
 _attend.register_autograd(_backward, setup_context=_setup)
@@ -152,7 +165,7 @@ class _Problem(ctypes.Structure):
     """`Problem` of kernel.cpp, field by field."""
 
     TENSORS = ("query", "key", "value", "out", "grad", "grad_query")
-    BUFFERS = ("lse", "grad_key", "grad_value", "scratch", "index")
+    BUFFERS = ("lse", "grad_key", "grad_value", "scratch", "sinks", "index")
     NUMBERS = (
         *("batch", "heads", "kv_heads", "tokens", "length", "channels"),
         *("sink_size", "lag_size", "top_k", "windows", "parts", "threads", "bf16"),
@@ -162,6 +175,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in BUFFERS),
         *((name, ctypes.c_int64) for name in NUMBERS),
         ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
     )
 
 
@@ -176,7 +190,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     return compiled
 
 
-def _call(name: str, states: dict[str, torch.Tensor], sink_size: int, lag_size: int, scale: float, parts: int = 1):
+def _call(name: str, states: dict, sink_size: int, lag_size: int, scale: float, softcap: float, parts: int = 1):
     """Run one of the kernel's functions over named tensors."""
     # Held here by name until the call is over: the kernel knows addresses only.
     states = {k: x if x.stride(-1) == 1 and k in _Problem.TENSORS else x.contiguous() for k, x in states.items()}
@@ -196,6 +210,7 @@ def _call(name: str, states: dict[str, torch.Tensor], sink_size: int, lag_size: 
         threads=torch.get_num_threads(),
         bf16=query.dtype == torch.bfloat16,
         scale=scale,
+        softcap=softcap,
     )
     for k, x in states.items():
         tensor = k in _Problem.TENSORS

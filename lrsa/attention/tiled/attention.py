@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from lrsa.attention.softmax import Softmax, sinks_gradient
 from lrsa.attention.tiled import sdpa
 from lrsa.attention.tiled.merge import merge
 from lrsa.attention.tiled.tiles import Tile, tiles
@@ -27,7 +28,7 @@ def attend(
     value: torch.Tensor,
     selection: Selection,
     config: LRSAConfig,
-    scale: float,
+    softmax: Softmax,
     backend: str = "flash",
 ) -> torch.Tensor:
     """Attend over rows without padding; the queries are the last `T` of the `S` tokens of each row.
@@ -44,14 +45,16 @@ def attend(
         ValueError: when the backend's kernels cannot compute these tensors.
     """
     sdpa.check(backend, query)
+    if softmax.softcap is not None:
+        raise ValueError("impl='tiled' and 'cudnn' cannot cap scores (softcap), as PyTorch's kernels: use impl='auto'.")
     # Zeros stand for queries that are already computed, so that the tiles stay whole: at most two windows of them
     # behind a sink that holds everything older, as in a cache.
     missing = key.shape[2] - query.shape[2]
     padded = missing - config.sink_size if missing >= config.sink_size else missing
     if padded:
         query = F.pad(query, (0, 0, padded, 0))
-    numbers = config.sink_size, config.lag_size, scale, backend
-    return _attend(query, key, value, selection.index, *numbers)[0][:, :, padded:]
+    numbers = config.sink_size, config.lag_size, softmax.scale, backend
+    return _attend(query, key, value, selection.index, softmax.sinks, *numbers)[0][:, :, padded:]
 
 
 # Operators of their own, so that selective checkpointing can keep the output and compilers see one opaque call.
@@ -61,12 +64,13 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     index: torch.Tensor,
+    sinks: torch.Tensor | None,
     sink_size: int,
     lag_size: int,
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H, T, D]` and log-sum-exp `[1, B * H, T, 1]`."""
+    """Output `[B, H, T, D]` and log-sum-exp `[1, B * H, T, 1]`; the sinks are part of both."""
     rows, states = _flat(query), _states(key, value, index, sink_size)
     exact = torch.promote_types(query.dtype, torch.float32)
     out, lse = _token_major(rows, exact), _token_major(rows[..., :1], exact)
@@ -79,6 +83,8 @@ def _attend(
             lse_part.copy_(tile_lse)
         else:
             merge(out_part, lse_part, tile_out, tile_lse)
+    if sinks is not None:
+        merge(out, lse, torch.zeros_like(out), sinks.repeat(len(query)).view(1, -1, 1, 1).expand(lse.shape))
     return out.to(query.dtype).reshape(query.shape), lse
 
 
@@ -123,7 +129,7 @@ def _attend_backward(
 
 
 @_attend.register_fake
-def _(query, key, value, index, sink_size, lag_size, scale, backend):
+def _(query, key, value, *rest):
     exact = torch.promote_types(query.dtype, torch.float32)
     rows = query.new_empty(1, query.shape[0] * query.shape[1], *query.shape[2:])
     return _token_major(rows, query.dtype).reshape(query.shape), _token_major(rows[..., :1], exact)
@@ -137,13 +143,18 @@ def _(grad, query, key, value, *rest):
 
 
 def _setup(ctx, inputs, output):
-    query, key, value, index, *ctx.numbers = inputs
+    query, key, value, index, sinks, *ctx.numbers = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, index, *output)
+    ctx.save_for_backward(query, key, value, index, *output, sinks)
 
 
 def _backward(ctx, grad, grad_lse):
-    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * (1 + len(ctx.numbers))
+    *states, sinks = ctx.saved_tensors
+    grads = _attend_backward(grad, *states, *ctx.numbers)
+    if sinks is not None:
+        out, lse = states[4:]
+        sinks = sinks_gradient(sinks, lse.view(out.shape[:3]), grad, out)
+    return *grads, None, sinks, *[None] * len(ctx.numbers)
 
 
 _attend.register_autograd(_backward, setup_context=_setup)

@@ -9,6 +9,7 @@ import torch
 from lrsa import LRSAConfig, lrsa_attention, select_tokens
 from lrsa.attention import api
 from lrsa.attention.cpu import build, kernel
+from lrsa.attention.softmax import Softmax
 from tests.lrsa.attention.cases import assert_equal, inputs, run
 
 CONFIG = LRSAConfig(4, 16, 4)
@@ -54,7 +55,7 @@ def test_fewer_queries_than_keys(new):
     states, grad = inputs(2, 4, 2, 100)
     query, key, value = states
     for config in (CONFIG, LRSAConfig(0, 7, 3)):
-        found = api.attend_rows(query[:, :, -new:], key, value, config, 0.3, "native")
+        found = api.attend_rows(query[:, :, -new:], key, value, config, Softmax(0.3), "native")
         expected = lrsa_attention(*states, config, scale=0.3, impl="reference")[:, :, -new:]
         outs = [[out, *torch.autograd.grad(out, states, grad[:, :, -new:])] for out in (found, expected)]
         assert_equal(*outs)
@@ -113,10 +114,10 @@ def test_bf16_is_fp32_rounded_once():
     states, grad = inputs(1, 4, 2, 200, 16, torch.bfloat16)
     states = [x.detach() for x in states]
     index = select_tokens(*states[1:], CONFIG).index
-    numbers = (CONFIG.sink_size, CONFIG.lag_size, 0.3)
+    numbers = (CONFIG.sink_size, CONFIG.lag_size, 0.3, 0.0)
     exact = [x.float() for x in states]
-    out, lse = kernel._attend(*states, index, *numbers)
-    exact_out, exact_lse = kernel._attend(*exact, index, *numbers)
+    out, lse = kernel._attend(*states, index, None, *numbers)
+    exact_out, exact_lse = kernel._attend(*exact, index, None, *numbers)
     assert torch.equal(out, exact_out.bfloat16()) and torch.equal(lse, exact_lse)
     grads = kernel._attend_backward(grad, *states, out, lse, index, *numbers)
     exact_grads = kernel._attend_backward(grad.float(), *exact, out.float(), lse, index, *numbers)
@@ -228,9 +229,9 @@ def test_dtypes_that_differ():
     states = [torch.randn(1, heads, 100, 8) for heads in (4, 2, 2)]
     states[1] = states[1].bfloat16()
     with pytest.raises(ValueError, match=r"must have one dtype, got torch.float32, torch.bfloat16 and torch.float32"):
-        kernel.attend(*states, None, CONFIG, 0.3)
+        kernel.attend(*states, None, CONFIG, Softmax(0.3))
     with pytest.raises(ValueError, match=r"fp16, bf16, fp32 or fp64, got torch.int64"):
-        kernel.attend(*(x.long() for x in (states[0], states[0], states[0])), None, CONFIG, 0.3)
+        kernel.attend(*(x.long() for x in (states[0], states[0], states[0])), None, CONFIG, Softmax(0.3))
 
 
 def test_empty_batch():
@@ -253,4 +254,4 @@ def test_the_wheel_ships_the_sources():
 def test_only_on_a_cpu():
     states = [torch.empty(1, heads, 100, 8, device="meta") for heads in (4, 2, 2)]
     with pytest.raises(ValueError, match="runs on a CPU, got tensors on meta"):
-        kernel.attend(*states, None, CONFIG, 0.3)
+        kernel.attend(*states, None, CONFIG, Softmax(0.3))

@@ -5,6 +5,7 @@ import torch
 
 from lrsa import LRSAConfig, lrsa_attention
 from lrsa.attention import flex
+from lrsa.attention.softmax import Softmax
 from tests.lrsa.attention.cases import inputs
 
 CASES = [
@@ -57,7 +58,7 @@ def test_compiled_kernel_follows_the_blocks(monkeypatch):
 def test_only_whole_rows():
     states, _ = inputs(1, 4, 2, 400)
     with pytest.raises(ValueError, match=r"takes whole rows, got 10 queries of 400"):
-        flex.attend(states[0][:, :, :10], *states[1:], None, LRSAConfig(4, 16, 4), 0.3)
+        flex.attend(states[0][:, :, :10], *states[1:], None, LRSAConfig(4, 16, 4), Softmax(0.3))
 
 
 def test_no_gradients_on_a_cpu():
