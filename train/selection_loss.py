@@ -18,6 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lrsa.attention.documents import Gather, Group, find_documents
+from lrsa.attention.softmax import Softmax
 from lrsa.config import LRSAConfig
 from lrsa.scoring import window_deviation
 
@@ -90,16 +91,17 @@ class SelectionSupervision:
         key: torch.Tensor,
         value: torch.Tensor,
         out: torch.Tensor,
-        scale: float | None,
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
+        **softmax,
     ) -> torch.Tensor:
         """In the teacher's pass, note the layer's targets; in the student's, attach the loss's gradient to `out`.
 
         Args:
             layer: index of the layer.
-            query, key, value, scale, position_ids, attention_mask: as `lrsa_attention` takes them.
+            query, key, value, position_ids, attention_mask: as `lrsa_attention` takes them.
             out: the attention's output.
+            softmax: `scale`, `softcap` and `sinks`, as `lrsa_attention` takes them.
 
         Returns:
             `out`.
@@ -112,7 +114,7 @@ class SelectionSupervision:
         if self.recording:
             predicting = _places(self.predicting, groups, self.queries)
             parts = zip(predicting, *(_laid_out(x, groups) for x in (query, key)), strict=True)
-            self._targets[layer] = [future_attention(q, k, at, self.config, scale) for at, q, k in parts]
+            self._targets[layer] = [future_attention(q, k, at, self.config, **softmax) for at, q, k in parts]
             return out
         if not torch.is_grad_enabled():
             return out
@@ -138,7 +140,7 @@ class _Attach(torch.autograd.Function):
 
 @torch.no_grad()
 def future_attention(
-    query: torch.Tensor, key: torch.Tensor, predicting: torch.Tensor, config: LRSAConfig, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, predicting: torch.Tensor, config: LRSAConfig, **softmax
 ) -> torch.Tensor:
     """How much attention later queries send to each token, with the full cache.
 
@@ -147,28 +149,25 @@ def future_attention(
     Args:
         query: `[N, H, M, D]`; key: `[N, G, M, D]`, of documents from their first token on.
         predicting: int64 `[N, A]`, positions of the queries that count, -1 where a document has fewer.
+        softmax: `scale`, `softcap` and `sinks`, as `lrsa_attention` takes them.
 
     Returns:
         `[N, G, W - 1, L]` fp32 (fp64 for fp64), summed over those queries and the query heads of a KV head. Memory
         grows linearly in `M`.
     """
     documents, heads, tokens, channels = query.shape
-    kv_heads, key = key.shape[1], key.to(torch.promote_types(key.dtype, torch.float32))
+    key, softmax = key.to(torch.promote_types(key.dtype, torch.float32)), Softmax.of(query, **softmax)
     count = max(max(tokens - config.sink_size, 0) // config.lag_size - 1, 0)
-    total = key.new_zeros(documents, kv_heads, count * config.lag_size)
+    total = key.new_zeros(documents, key.shape[1], count * config.lag_size)
     first, stop = config.sink_size, config.sink_size + count * config.lag_size
-    scale = channels**-0.5 if scale is None else scale
     position = torch.arange(tokens, device=query.device)
     window = (position - config.sink_size).div(config.lag_size, rounding_mode="floor")
     for at in predicting.split(max(BLOCK // (documents * heads * tokens), 1), dim=1):
         rows = query.gather(2, at.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, channels))
-        rows = rows.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # the query heads of a KV head behind each other
-        at = at[:, None, :].expand(-1, heads // kv_heads, -1).flatten(1)
-        scores = rows.to(key.dtype) @ key.transpose(-1, -2) * scale
-        weights = scores.masked_fill(position > at[:, None, :, None], float("-inf"))
-        weights = weights.softmax(-1).nan_to_num()[..., first:stop]  # of absent queries all scores are -inf
+        weights = softmax.weights(rows.to(key.dtype), key, (position <= at[..., None])[:, None])
+        weights = weights.nan_to_num()[..., first:stop]  # of absent queries all scores are -inf
         compressed = window[at.clamp(min=0)][..., None] - window[first:stop] >= 2
-        total += (weights * compressed[:, None]).sum(2)
+        total += (weights * compressed[:, None, None]).sum((2, 3))
     return total.unflatten(2, (count, config.lag_size))
 
 

@@ -15,13 +15,15 @@ def states(*heads, rows=1, tokens=21, channels=6):
     return [torch.randn(rows, h, tokens, channels, dtype=torch.float64) for h in heads]
 
 
-def test_target_is_the_attention_of_queries_two_windows_later():
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0, 0.0, 1.0, 2.0])])
+def test_target_is_the_attention_of_queries_two_windows_later(sinks):
     query, key = states(4, 2)
-    found = future_attention(query, key, torch.tensor([[9, 17, 20, -1]]), CONFIG, scale=0.5)
+    found = future_attention(query, key, torch.tensor([[9, 17, 20, -1]]), CONFIG, scale=0.5, sinks=sinks)
     expected = torch.zeros(1, 2, 3, 4, dtype=torch.float64)
     for head in range(4):
         for at in (9, 17, 20):
-            weights = (0.5 * key[0, head // 2, : at + 1] @ query[0, head, at]).softmax(0)
+            weights = (0.5 * key[0, head // 2, : at + 1] @ query[0, head, at]).exp()
+            weights = weights / (weights.sum() + (0 if sinks is None else sinks[head].double().exp()))
             for token in range(2, 14):  # three windows have a complete one behind them
                 if (at - 2) // 4 - (token - 2) // 4 >= 2:
                     expected[0, head // 2, (token - 2) // 4, (token - 2) % 4] += weights[token]
@@ -103,7 +105,7 @@ def test_attached_gradient_is_that_of_the_sum(model):
     class Spy:
         recording = False
 
-        def attach(self, layer, query, key, value, out, *rest):
+        def attach(self, layer, query, key, value, out, **rest):
             taken[layer] = (key, value)
             return out
 
@@ -187,7 +189,7 @@ def test_a_checkpointed_attention_alone(model):
     predicting = torch.zeros(2, 30, dtype=torch.bool)
     predicting[:, -1] = True
     supervision = SelectionSupervision(CONFIG, predicting, layers=[0])
-    call = lambda k, v: supervision.attach(0, query, k, v, query * k.sum(), None, None, None)  # noqa: E731
+    call = lambda k, v: supervision.attach(0, query, k, v, query * k.sum(), None, None)  # noqa: E731
     with supervision.record():
         call(key, value)
     expected = torch.autograd.grad(call(key, value).sum(), (key, value))
