@@ -30,6 +30,8 @@ def lrsa_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     position_ids: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The function that transformers calls in every layer: `[B, H, T, D]` in, `[B, T, H, D]` out."""
@@ -52,6 +54,7 @@ def lrsa_attention_forward(
         query, key, value = (x.to(dtype) for x in (query, key, value))
     window, impl = window_of(module, kwargs), module.lrsa_impl
     options = {"scale": scaling, "position_ids": position_ids, "attention_mask": attention_mask}
+    options |= {"softcap": softcap, "sinks": s_aux}
     if cache is not None:
         _compare(cache.config, config_of(module))
         attend = cache.attend_again if shares else cache.attend
@@ -70,7 +73,7 @@ def lrsa_attention_forward(
             config = _full(config)
         out = lrsa_attention(query, key, value, config, impl=impl, **options)
         if supervision is not None:
-            out = supervision.attach(module.layer_idx, query, key, value, out, scaling, position_ids, attention_mask)
+            out = supervision.attach(module.layer_idx, query, key, value, out, **options)
     # Contiguous, as every attention of transformers returns it: models may call view on it.
     return out[:, :, -tokens:].transpose(1, 2).contiguous(), None
 

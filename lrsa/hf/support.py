@@ -27,12 +27,7 @@ OWN_CACHE = {"minimax"}
 
 # What a model may ask of its attention that this one does not do: named and refused, never ignored.
 REFUSED = {
-    "softcap": "caps its attention scores, which flash kernels cannot: load it with attn_logit_softcapping=None to do "
-    "without",
-    "s_aux": "has attention sinks as parameters, a share of every softmax that belongs to no token and that "
-    "lrsa's attention does not carry",
-    "sinks": "has attention sinks as parameters, a share of every softmax that belongs to no token and that "
-    "lrsa's attention does not carry",
+    "sinks": "computes attention sinks from its tokens, and lrsa takes those that are parameters",
     "position_bias": "adds a bias to its attention scores, which flash kernels cannot",
     "indices": "chooses the tokens that it attends to itself",
     "block_indices": "chooses the tokens that it attends to itself",

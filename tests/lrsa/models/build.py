@@ -139,7 +139,8 @@ OVERRIDES = {
     "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.7, "embedding_multiplier": 2.0},
     "granitemoe": {"attention_multiplier": 0.2},
     "stablelm": {"qk_layernorm": True},
-    "gpt_oss": {"rope_parameters": PLAIN_ROPE},
+    **{family: {"sliding_window": 512} for family in ("granite_swa", "granitemoe_swa", "mimo_v2_flash")},
+    "gpt_oss": {"rope_parameters": PLAIN_ROPE, "sliding_window": 512},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "gemma4_assistant": {"text_config": {"model_type": "gemma4_text"} | SHARED | {"hidden_size_per_layer_input": 0}},
     "moshi": {"audio_vocab_size": 64},
@@ -152,7 +153,7 @@ OVERRIDES = {
     },
 }
 # These compute some of their parts in fp32 whatever they are given.
-SINGLE = {"inkling2_text", "inkling2_loop_text", "xglm", "dory"}
+SINGLE = {"inkling2_text", "inkling2_loop_text", "xglm", "dory", "granite_swa", "granitemoe_swa"}
 # The parts of a model for text and images: what has no field of its own above.
 PARTS = {
     "attn_config": {"attn_pdrop": 0},

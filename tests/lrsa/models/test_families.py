@@ -21,6 +21,8 @@ WORKS = [
     ("qwen3_5_text", ""),
     ("lfm2", ""),
     ("granitemoehybrid", ""),
+    ("gpt_oss", "sliding"),
+    ("gemma2", "soft cap"),
 ]
 OPTIONS = {(family, variant): options for family, variant, options in cases()}
 
