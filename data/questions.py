@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.duplicates import DistinctTexts
+from data.sources.columns import columns_of
 from data.sources.files import DataError
-from data.sources.records import column
 
 NO_ANSWER = "no answer is given (unanswerable)"
 NO_QUESTION = "no question is given"
@@ -54,11 +54,7 @@ def read_questions(
     Raises:
         DataError: a missing column, or a record that does not fit the layout.
     """
-    names = (
-        ()
-        if layout == "squad"
-        else [column(records, ours, columns, source) for ours in ("question", "context", "answers")]
-    )
+    names = [] if layout == "squad" else columns_of(records, ("question", "context", "answers"), columns, source, "qa")
     entries_of = {"squad": _squad, "hotpotqa": _hotpotqa, "generic": _generic}[layout]
     found = []
     for number, record in enumerate(records):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -11,6 +11,7 @@ DEFAULT_TEMPLATE = (
     "{context}\n\n"
     "Question: {question}\nAnswer:"
 )
+Paths = Annotated[list[str], Field(min_length=1)]
 COLUMNS = ("question", "context", "answers", "text")
 
 
@@ -42,16 +43,17 @@ class DataSettings(BaseModel):
         description="qa: question answering over long contexts; text: plain language modelling; "
         "synthetic: generated rows that ask for codes hidden among filler words."
     )
-    path: str | None = Field(
+    path: str | Paths | None = Field(
         None,
         validate_default=True,
-        description="A local .json, .jsonl, .csv, .tsv, .parquet, .txt or .md file, a local directory of files of one "
-        "of these kinds, or the name of a data set on the Hugging Face Hub. Not used by synthetic.",
+        description="A local .json, .jsonl, .csv, .tsv, .txt, .md, .parquet or .arrow file (all but the last two also "
+        "packed as .gz, .bz2 or .zst), a pattern such as shards/*.jsonl, a local directory of files of one of these "
+        "kinds, the name of a data set on the Hugging Face Hub, or a list of these. Not used by synthetic.",
     )
     name: str | None = Field(None, description="Configuration (subset) of a Hub data set, for example distractor.")
     split: str = Field("train", description="Split of a Hub data set to train on.")
-    eval_path: str | None = Field(
-        None, description="File or data set to evaluate on, in place of rows held out of the training data."
+    eval_path: str | Paths | None = Field(
+        None, description="As path, to evaluate on, in place of rows held out of the training data."
     )
     eval_split: str | None = Field(None, description="Split of eval_path (or of path) to evaluate on.")
     eval_rows: int = Field(
@@ -105,7 +107,7 @@ class DataSettings(BaseModel):
 
     @field_validator("path")
     @classmethod
-    def _path_fits_kind(cls, path: str | None, info: ValidationInfo) -> str | None:
+    def _path_fits_kind(cls, path: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
         kind = info.data.get("kind")
         if kind == "synthetic" and path is not None:
             raise ValueError(

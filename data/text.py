@@ -19,8 +19,9 @@ from data.encoding import Encoder
 from data.progress import progress
 from data.rows import EVALUATED, EVALUATION_NOT_CHOSEN, NOT_CHOSEN, Row, Rows, chosen
 from data.settings import DataSettings
+from data.sources.columns import columns_of
 from data.sources.files import DataError
-from data.sources.records import column, evaluation_source, read_evaluation_records, read_records
+from data.sources.records import evaluation_source, read_evaluation_records, read_records
 
 EMPTY = "empty document"
 DUPLICATE = "document that is there already"
@@ -116,7 +117,7 @@ def read_documents(records: list[dict[str, Any]], columns: dict[str, str], sourc
     Raises:
         DataError: no such column, or a record whose text is not a text.
     """
-    text_column = column(records, "text", columns, source)
+    [text_column] = columns_of(records, ("text",), columns, source, "text")
     documents = DistinctTexts()
     for number, record in enumerate(records):
         text = record.get(text_column)

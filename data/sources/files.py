@@ -10,75 +10,111 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+from pyarrow import parquet
+
 # File name ending -> kind; all data files of a directory must be of one kind.
 KINDS = {
     ".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv",
-    ".parquet": "parquet",
+    ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
+COMPRESSED = (".gz", ".bz2", ".zst")  # behind the ending of a text format, as in .jsonl.gz
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_BATCH = 1000
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message says what was looked at and what to change."""
 
 
-def read_file(file: Path) -> list[Any]:
-    """The records of a .json, .jsonl, .csv, .tsv, .parquet, .txt or .md file.
+def ending(file: Path) -> str:
+    """The ending that says what a file holds: .jsonl of `a.jsonl` and of `a.jsonl.zst`; "" when none is known."""
+    packed = file.suffix in COMPRESSED
+    found = Path(file.stem).suffix if packed else file.suffix
+    return "" if KINDS.get(found) is None or (packed and KINDS[found] in ("parquet", "arrow")) else found
+
+
+def kind_of(file: Path) -> str | None:
+    """Which of `KINDS` a file is of, None when it is none."""
+    return KINDS.get(ending(file))
+
+
+def records_of(file: Path) -> Iterator[Any]:
+    """The records of a file, read as they are needed; only .json, a single list, is read at once.
 
     A text file is one record `{"text": ...}`. Every value of a .csv or .tsv file is the text that stands there: `NA`,
-    `None` and `007` are not turned into something else.
+    `None` and `007` are not turned into something else. Text formats may be compressed: .jsonl.gz, .json.zst, .csv.bz2.
 
     Raises:
         DataError: with file and line, or file and record.
     """
-    kind = KINDS.get(file.suffix)
+    kind = kind_of(file)
     if kind is None:
-        raise DataError(f"{file}: unknown kind of file; allowed are {', '.join(KINDS)}. Convert it first.")
-    if kind == "parquet":
-        return _parquet(file)
+        packed = ", ".join(COMPRESSED)
+        raise DataError(
+            f"{file}: unknown kind of file; allowed are {', '.join(KINDS)}, text formats also with {packed} behind "
+            "it. Convert it first."
+        )
+    read = {"text": _text, "json": _json, "csv": _csv, "parquet": _parquet, "arrow": _arrow}[kind]
     try:
-        text = file.read_text(encoding="utf-8-sig")  # -sig drops a byte order mark; read_text turns CRLF into LF
+        yield from read(file)
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error}): convert it first.") from error
-    if kind == "text":
-        return [{"text": text}]
-    if kind == "csv":
-        return _csv(file, text)
-    records = _json_lines(file, text) if file.suffix == ".jsonl" else _json(file, text)
-    if "\\ud" in text.lower():
-        _refuse_surrogates(file, records)
-    return records
+    except (pyarrow.ArrowException, OSError) as error:
+        name = {"parquet": "Parquet", "arrow": "Arrow"}.get(kind, "".join(file.suffixes[-2:]))
+        raise DataError(f"{file} cannot be read as {name}: {error}") from error
 
 
-def _json(file: Path, text: str) -> list[Any]:
+def _lines(file: Path) -> io.TextIOWrapper:
+    """The text of a file, unpacked, without a byte order mark, CRLF as LF."""
+    return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="detect"), encoding="utf-8-sig")
+
+
+def _text(file: Path) -> Iterator[dict[str, str]]:
+    yield {"text": _lines(file).read()}
+
+
+def _json(file: Path) -> Iterator[Any]:
+    if ending(file) == ".jsonl":
+        yield from _json_lines(file, _lines(file))
+        return
+    text = _lines(file).read()
     try:
         content = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one record a line under the name .json, as the Hub often has it
-            return _json_lines(file, text)
+            yield from _json_lines(file, io.StringIO(text))
+            return
         raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg}.") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
         raise DataError(f'{file} must hold a list of records, or {{"data": [...]}}, not {shown(content)}.')
-    return content
+    escaped = "\\ud" in text.lower()
+    for number, record in enumerate(content):
+        if escaped:
+            _refuse_surrogates(file, number, record)
+        yield record
 
 
-def _json_lines(file: Path, text: str) -> list[Any]:
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028 inside a string
+def _json_lines(file: Path, lines: io.TextIOBase) -> Iterator[Any]:
+    number = 0
+    for place, line in enumerate(lines, 1):  # splitlines() would also cut at U+2028 inside a string
         if line.strip():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{file}:{number}: not valid JSON: {error.msg}.") from error
-    return records
+                raise DataError(f"{file}:{place}: not valid JSON: {error.msg}.") from error
+            if "\\ud" in line.lower():
+                _refuse_surrogates(file, number, record)
+            yield record
+            number += 1
 
 
-def _csv(file: Path, text: str) -> list[dict[str, str]]:
+def _csv(file: Path) -> Iterator[dict[str, str]]:
     csv.field_size_limit(2**31 - 1)  # a field is a whole document; the default is 128 KiB
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-    records, header = [], []
+    reader = csv.reader(_lines(file), delimiter="\t" if ending(file) == ".tsv" else ",", strict=True)
+    header: list[str] = []
     try:
         for row in reader:
             if not header:
@@ -89,31 +125,36 @@ def _csv(file: Path, text: str) -> list[dict[str, str]]:
                         f"{file}:{reader.line_num}: {len(row)} fields, but the first line names {len(header)} columns: "
                         "put fields that hold a separator or a line break between double quotes."
                     )
-                records.append(dict(zip(header, row, strict=True)))
+                yield dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise DataError(f"{file}:{reader.line_num}: not valid CSV: {error}.") from error
-    return records
 
 
-def _parquet(file: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    for batch in parquet.ParquetFile(file).iter_batches(_BATCH):
+        yield from batch.to_pylist()
 
 
-def _refuse_surrogates(file: Path, records: list[Any]) -> None:
-    for number, record in enumerate(records):
-        for path, text in _texts(record):
-            if found := _SURROGATE.search(text):
-                around = text[max(found.start() - 20, 0) : found.end() + 20]
-                raise DataError(
-                    f"{file}: record {number}, field {path}: {around!r} holds half of a character "
-                    f"(\\u{ord(found[0]):04x}), which no tokenizer can read: write the whole character, or remove it."
-                )
+def _arrow(file: Path) -> Iterator[dict[str, Any]]:
+    """Both layouts of Arrow: the stream, which datasets writes, and the file with random access."""
+    with pyarrow.memory_map(str(file)) as source:
+        try:
+            batches = pyarrow.ipc.open_stream(source)
+        except pyarrow.ArrowInvalid:
+            table = pyarrow.ipc.open_file(source)
+            batches = (table.get_batch(number) for number in range(table.num_record_batches))
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+def _refuse_surrogates(file: Path, number: int, record: Any) -> None:
+    for path, text in _texts(record):
+        if found := _SURROGATE.search(text):
+            around = text[max(found.start() - 20, 0) : found.end() + 20]
+            raise DataError(
+                f"{file}: record {number}, field {path}: {around!r} holds half of a character "
+                f"(\\u{ord(found[0]):04x}), which no tokenizer can read: write the whole character, or remove it."
+            )
 
 
 def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from data.sources.files import KINDS, DataError
+from data.sources.files import DataError, kind_of
 
 # Files that stand beside data and say something about them.
 _PROSE = re.compile(
@@ -48,18 +48,18 @@ def read_folder(folder: Path, split: str, setting: str) -> Folder | None:
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    found = [path for path in paths if path.suffix in KINDS and not _describes(path)]
-    kinds = Counter(KINDS[path.suffix] for path in found)
+    found = [path for path in paths if kind_of(path) and not _describes(path)]
+    kinds = Counter(map(kind_of, found))
     if len(kinds) > 1:
         listed = "; ".join(
-            f"{kind}: {_named([path for path in found if KINDS[path.suffix] == kind], folder)}" for kind in kinds
+            f"{kind}: {_named([path for path in found if kind_of(path) == kind], folder)}" for kind in kinds
         )
         raise DataError(
             f"{setting} {folder} holds files of several kinds, and which of them are the data is not clear. {listed}. "
             f"Name one file or a sub-folder with {setting}, or move the others away."
         )
     if not found:
-        if any(path.suffix not in KINDS and not _describes(path) for path in paths):
+        if any(kind_of(path) is None and not _describes(path) for path in paths):
             return None
         listed = f"nothing but {_named(paths, folder)}" if paths else "no file"
         raise DataError(f"{setting} {folder} holds {listed}: name the file itself with {setting} to use it as data.")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 from data.settings import DataSettings
-from data.sources.files import KINDS, DataError, read_file, shown
+from data.sources.files import DataError, ending, kind_of, records_of, shown
 from data.sources.folders import read_folder
 
-_CHATS = ("messages", "conversations", "conversation", "prompt", "chosen")
+_BATCH = 1000
 
 
 def read_records(
-    path: str,
+    path: str | list[str],
     name: str | None = None,
     split: str = "train",
     setting: str = "data.path",
@@ -23,8 +24,8 @@ def read_records(
     """The records of a data source, in its order.
 
     Args:
-        path: a file (see `read_file`), a directory of such files of one kind, one that `datasets` saved, or whatever
-            `datasets.load_dataset` takes, such as a Hub name.
+        path: a file (see `records_of`), a pattern of files such as `shards/*.jsonl`, a directory of such files of one
+            kind, one that `datasets` saved, whatever `datasets.load_dataset` takes, such as a Hub name, or a list.
         name, split: configuration and split of a data set; files have neither.
         setting: what error messages say the path was given as.
         notes: gets a sentence on what of a directory was read.
@@ -32,26 +33,59 @@ def read_records(
     Raises:
         DataError: nothing there, not readable, or empty.
     """
-    file = Path(path).expanduser()
-    if file.is_file():
-        records = read_file(file)
-    elif file.is_dir():
-        records = _read_directory(file, name, split, setting, [] if notes is None else notes)
-    elif file.suffix in KINDS or path.startswith((".", "/", "~")):
-        raise DataError(
-            f"{setting} {path}: no such file; looked for {file.absolute()}. Check the path, or give a Hub name."
-        )
-    else:
-        records = _load_dataset(path, name, split, setting)
+    records = list(iterate_records(path, name, split, setting, notes))
     if not records:
         raise DataError(f"{setting} {path}: there is no record in it (split {split}).")
-    for number, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise DataError(f"{setting} {path}: records must be JSON objects, record {number} is {shown(record)}.")
     return records
 
 
-def _read_directory(folder: Path, name: str | None, split: str, setting: str, notes: list[str]) -> list[Any]:
+def iterate_records(
+    path: str | list[str], name=None, split="train", setting="data.path", notes=None, stream: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The records of `read_records` one after the other, read as they are needed.
+
+    Args:
+        stream: also read a data set of the Hub as it is needed, without its copy on this machine.
+    """
+    notes = [] if notes is None else notes
+    parts = (_source(part, name, split, setting, notes, stream) for part in ([path] if isinstance(path, str) else path))
+    for number, record in enumerate(record for part in parts for record in part):
+        if not isinstance(record, dict):
+            raise DataError(f"{setting} {path}: records must be JSON objects, record {number} is {shown(record)}.")
+        yield record
+
+
+def _source(path: str, name, split: str, setting: str, notes: list[str], stream: bool) -> Iterator[Any]:
+    file = Path(path).expanduser()
+    if file.is_file():
+        return records_of(file)
+    if file.is_dir():
+        return _directory(file, name, split, setting, notes)
+    if has_magic(path):
+        return _pattern(str(file), setting)
+    if ending(file) or path.startswith((".", "/", "~")):
+        raise DataError(
+            f"{setting} {path}: no such file; looked for {file.absolute()}. Check the path, or give a Hub name."
+        )
+    return _load_dataset(path, name, split, setting, stream)
+
+
+def _pattern(pattern: str, setting: str) -> Iterator[Any]:
+    files = sorted(path for path in map(Path, glob(pattern, recursive=True)) if path.is_file())
+    if not files:
+        raise DataError(
+            f"{setting} {pattern}: no file has a name like that. Check the pattern, or give a list of files."
+        )
+    if len({kind_of(file) for file in files}) > 1:
+        listed = ", ".join(file.name for file in files[:5]) + (", ..." if len(files) > 5 else "")
+        raise DataError(
+            f"{setting} {pattern} names files of several kinds ({listed}): write the ending of the data into it, as in "
+            f"{Path(pattern).parent / '*.jsonl'}."
+        )
+    return (record for file in files for record in records_of(file))
+
+
+def _directory(folder: Path, name: str | None, split: str, setting: str, notes: list[str]) -> Iterator[Any]:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _saved_dataset(folder, split, setting)
     if name is not None or _has_configurations(folder):
@@ -60,7 +94,7 @@ def _read_directory(folder: Path, name: str | None, split: str, setting: str, no
     if found is None:
         return _load_dataset(str(folder), name, split, setting)
     notes.append(found.note(folder))
-    return [record for file in found.files for record in read_file(file)]
+    return (record for file in found.files for record in records_of(file))
 
 
 def _has_configurations(folder: Path) -> bool:
@@ -70,7 +104,7 @@ def _has_configurations(folder: Path) -> bool:
     return len(head) > 2 and not head[0].strip() and "\nconfigs:" in head[1]
 
 
-def _saved_dataset(folder: Path, split: str, setting: str) -> list[dict[str, Any]]:
+def _saved_dataset(folder: Path, split: str, setting: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
@@ -78,7 +112,12 @@ def _saved_dataset(folder: Path, split: str, setting: str) -> list[dict[str, Any
         if split not in saved:
             raise DataError(f"{setting} {folder} has no split {split!r}; its splits are {', '.join(saved)}.")
         saved = saved[split]
-    return saved.to_list()
+    return _rows(saved)
+
+
+def _rows(table) -> Iterator[dict[str, Any]]:
+    """The records of a data set, a thousand at a time."""
+    return (record for batch in table.with_format("arrow").iter(_BATCH) for record in batch.to_pylist())
 
 
 def read_evaluation_records(settings: DataSettings, notes: list[str] | None = None) -> list[dict[str, Any]] | None:
@@ -86,10 +125,11 @@ def read_evaluation_records(settings: DataSettings, notes: list[str] | None = No
     if settings.eval_rows == 0 or not (settings.eval_path or settings.eval_split):
         return None
     path = settings.eval_path or settings.path
-    if not settings.eval_path and Path(path).expanduser().is_file():
+    listed = not isinstance(path, str)
+    if not settings.eval_path and (listed or has_magic(path) or Path(path).expanduser().is_file()):
         raise DataError(
-            f"data.eval_split {settings.eval_split}: data.path {path} is a file and has no splits; "
-            "give data.eval_path, or remove eval_split to hold rows out of the file."
+            f"data.eval_split {settings.eval_split}: data.path {path} {'names files' if listed else 'is a file'} and "
+            "has no splits; give data.eval_path, or remove eval_split to hold rows out of what is there."
         )
     name = None if settings.eval_path else settings.name
     setting = "data.eval_path" if settings.eval_path else "data.path"
@@ -101,30 +141,9 @@ def evaluation_source(settings: DataSettings) -> str:
     return f"data.eval_path {settings.eval_path}" if settings.eval_path else f"data.path {settings.path}"
 
 
-def column(records: Sequence[dict], ours: str, columns: dict[str, str], source: str) -> str:
-    """The file's name of our column; `source` is what error messages call the records.
-
-    Raises:
-        DataError: naming the columns that exist and `data.columns`, when the first record has no such column.
-    """
-    wanted = columns.get(ours, ours)
-    if wanted in records[0]:
-        return wanted
-    if wanted == "answers" and "answer" in records[0]:  # HotpotQA and many others
-        return "answer"
-    if chats := [name for name in _CHATS if isinstance(records[0].get(name), list)]:
-        raise DataError(
-            f"{source}: the records are chats (column {chats[0]!r}), which are not trained on. Write a file with one "
-            'record for each answer, {"question": "...", "context": "...", "answers": "..."}, for kind: qa, or with '
-            'the whole text of each, {"text": "..."}, for kind: text.'
-        )
-    raise DataError(
-        f"{source}: there is no column {wanted!r}; the columns are {', '.join(map(str, records[0]))}. "
-        f"Say which one to use with data.columns, for example columns: {{{ours}: {next(iter(records[0]), 'name')}}}."
-    )
-
-
-def _load_dataset(path: str, name: str | None, split: str, setting: str) -> list[dict[str, Any]]:
+def _load_dataset(
+    path: str, name: str | None, split: str, setting: str, stream: bool = False
+) -> Iterator[dict[str, Any]]:
     import datasets
     from datasets.packaged_modules.csv.csv import Csv
 
@@ -132,7 +151,7 @@ def _load_dataset(path: str, name: str | None, split: str, setting: str) -> list
         builder = datasets.load_dataset_builder(path, name)
         # In a CSV file only an empty field is no value: "None" or "NA" may be an answer.
         options = {"keep_default_na": False, "na_values": [""]} if isinstance(builder, Csv) else {}
-        return datasets.load_dataset(path, name, split=split, **options).to_list()
+        return _rows(datasets.load_dataset(path, name, split=split, streaming=stream, **options))
     except Exception as error:  # network, Hub, builder and file errors share no base class; all mean the same here
         raise DataError(
             f"{setting} {path} (name {name}, split {split}) cannot be loaded. There is no file or directory "

@@ -82,10 +82,10 @@ def model_card(
         license: the Hub's identifier of a licence; left out when not given, because a run does not know it.
     """
     name = (repo_id or directory.resolve().name).split("/")[-1]
-    hub_data = hub_id(settings.data.path)
+    hub_data = [path for path in _listed(settings.data.path) if hub_id(path)]
     data = ModelCardData(
         base_model=hub_id(settings.model.name_or_path),
-        datasets=[hub_data] if hub_data else None,
+        datasets=hub_data or None,
         library_name="peft",
         pipeline_tag="text-generation",
         license=license,
@@ -112,9 +112,13 @@ def save_model_card(settings: RunSettings, directory: Path, results: Results | N
     model_card(settings, directory, results).save(directory / CARD_NAME)
 
 
-def hub_id(name: str | None) -> str | None:
-    """The name when others can load it from the Hub; None for a local path, which settings hold absolute."""
-    return None if name is None or Path(name).is_absolute() else name
+def hub_id(name: str | list[str] | None) -> str | None:
+    """The name when others can load it from the Hub; None for local paths, which are absolute, and lists."""
+    return None if not isinstance(name, str) or Path(name).is_absolute() else name
+
+
+def _listed(path: str | list[str] | None) -> list[str]:
+    return [] if path is None else [path] if isinstance(path, str) else path
 
 
 def eval_results(settings: RunSettings, results: Results) -> list[EvalResult]:
@@ -142,14 +146,12 @@ def eval_results(settings: RunSettings, results: Results) -> list[EvalResult]:
     ]
 
 
-def _data_name(settings: RunSettings, path: str | None) -> str:
-    """What was generated, a data set's name on the Hub, or the last name of a local path."""
-    data = settings.data
+def _data_name(settings: RunSettings, path: str | list[str] | None) -> str:
+    """What was generated, or for each path a data set's name on the Hub, or the last name of a local path."""
+    data, subset = settings.data, f" ({settings.data.name})" if settings.data.name else ""
     if path is None:
         return f"generated {data.synthetic.task} rows"
-    if hub_id(path) is None:
-        return f"local data {Path(path).name}"
-    return f"{path} ({data.name})" if data.name else path
+    return ", ".join(f"{one}{subset}" if hub_id(one) else f"local data {Path(one).name}" for one in _listed(path))
 
 
 def _about(settings: RunSettings) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from train.settings.errors import FieldPath
@@ -27,10 +28,20 @@ def relative_to(values: dict[str, dict], folder: Path) -> dict[str, dict]:
     result = {section: dict(settings) for section, settings in values.items()}
     for section, names in PATHS.items():
         for name in names:
-            value = result[section].get(name)
-            if isinstance(value, str) and Path(value).is_absolute() and Path(value).resolve().is_relative_to(here):
-                result[section][name] = Path(os.path.relpath(Path(value).resolve(), folder)).as_posix()
+            result[section][name] = _each(result[section].get(name), lambda path: _relative_path(path, here, folder))
     return result
+
+
+def _relative_path(path: str, here: Path, folder: Path) -> str:
+    inside = Path(path).is_absolute() and Path(path).resolve().is_relative_to(here)
+    return Path(os.path.relpath(Path(path).resolve(), folder)).as_posix() if inside else path
+
+
+def _each(value, change: Callable[[str], str]):
+    """A setting that may be one path or a list of them, every path changed."""
+    if isinstance(value, list):
+        return [_each(part, change) for part in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def with_data_files(source: Source, values: dict) -> dict:
@@ -40,8 +51,8 @@ def with_data_files(source: Source, values: dict) -> dict:
     """
     result = dict(values)
     for name in ("path", "eval_path"):
-        if isinstance(values.get(name), str) and (path := source.find("data", name)):
-            result[name] = str(path)
+        if name in values:
+            result[name] = _each(values[name], lambda path, name=name: str(source.find("data", name, path) or path))
     return result
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 from dataclasses import dataclass, field
+from glob import has_magic, iglob
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ class Source:
     def problem(self, path: FieldPath, text: str) -> Problem:
         return Problem(self.where(path), ".".join(str(part) for part in path), text)
 
-    def find(self, section: str, name: str) -> Path | None:
-        """The file or directory that a setting names, None when there is none: seen from the configuration's folder
-        (for `--set` from here), from here, or from the repository."""
+    def find(self, section: str, name: str, path: str | None = None) -> Path | None:
+        """The file or directory that a setting (or `path`, a part of it) names, None when there is none: seen from the
+        configuration's folder (for `--set` from here), from here, or from the repository."""
         here = [Path.cwd(), self.file.resolve().parent]
-        return find_file(self.values[section][name], here if (section, name) in self.from_command_line else here[::-1])
+        path = self.values[section][name] if path is None else path
+        return find_file(path, here if (section, name) in self.from_command_line else here[::-1])
 
     def where(self, path: FieldPath) -> str:
         """`--set`, or `file:line` of the field or of the nearest section above it that was written."""
@@ -104,13 +106,13 @@ def find_config(config: str) -> Path:
 
 
 def find_file(name: str, folders: list[Path]) -> Path | None:
-    """An existing path for a name in a configuration, in one of `folders` or in the repository.
+    """An existing path for a name in a configuration, in one of `folders` or in the repository; a pattern stays one.
 
     In the repository's configs/ as well, so that a copy of a file there finds what lies beside the original.
     """
     for base in (*folders, REPOSITORY, REPOSITORY / "configs"):
         path = base / Path(name).expanduser()
-        if path.exists():
+        if path.exists() or (has_magic(name) and any(iglob(str(path), recursive=True))):
             return Path(os.path.abspath(path))
     return None
 

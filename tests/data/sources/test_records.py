@@ -3,10 +3,11 @@ import json
 
 import datasets
 import huggingface_hub
+import pyarrow
 import pytest
 
 from data import DataError, DataSettings
-from data.sources.records import column, read_evaluation_records, read_records
+from data.sources.records import iterate_records, read_evaluation_records, read_records
 
 RECORDS = [{"text": "one"}, {"text": "two\u2028still two"}]
 
@@ -23,6 +24,52 @@ def test_json_layouts_give_the_same_records(tmp_path):
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content.encode())
         assert read_records(str(tmp_path / name)) == RECORDS, name
+
+
+def packed(file, ending):
+    with pyarrow.output_stream(str(file) + ending, compression="detect") as stream:
+        stream.write(file.read_bytes())
+    return f"{file}{ending}"
+
+
+def test_every_format_gives_the_same_records_directly_and_packed(tmp_path):
+    table = datasets.Dataset.from_list(RECORDS)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_json(tmp_path / "a.jsonl", force_ascii=False)
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS))
+    arrow = table.data.table
+    for name, new in {"stream.arrow": pyarrow.ipc.new_stream, "file.arrow": pyarrow.ipc.new_file}.items():
+        with new(tmp_path / name, arrow.schema) as writer:
+            writer.write_table(arrow)
+    files = sorted(tmp_path.iterdir())
+    texts = [file for file in files if file.suffix in (".jsonl", ".json", ".csv", ".tsv")]
+    assert len(files) == 7 and len(texts) == 4
+    every = [*map(str, files), *(packed(file, end) for file in texts for end in (".gz", ".zst", ".bz2"))]
+    for path in every:
+        assert read_records(path) == RECORDS, path
+    assert read_records(every) == RECORDS * len(every), "a list"
+    assert read_records(str(tmp_path / "a.json*.zst")) == RECORDS * 2, "a pattern"
+
+
+def test_a_pattern_without_files_and_one_with_several_kinds_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(RECORDS[0]))
+    (tmp_path / "LICENSE.txt").write_text("terms")
+    with pytest.raises(DataError, match=r"data\.path .*/\*\.json: no file has a name like that"):
+        read_records(str(tmp_path / "*.json"))
+    with pytest.raises(DataError, match=r"several kinds \(LICENSE\.txt, a\.jsonl\): write the ending"):
+        read_records(str(tmp_path / "*"))
+    with pytest.raises(DataError, match=r"b\.jsonl: no such file"):
+        read_records([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+
+
+def test_records_are_read_as_they_are_needed(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\nnot json\n')
+    records = iterate_records(str(tmp_path / "a.jsonl"))
+    assert [next(records)["text"], next(records)["text"]] == ["one", "two"]
+    with pytest.raises(DataError, match=r"a\.jsonl:3: not valid JSON"):
+        next(records)
 
 
 def test_a_text_file_is_one_document_without_bom_and_carriage_returns(tmp_path):
@@ -77,6 +124,9 @@ def test_a_name_that_is_neither_file_nor_reachable_says_what_was_tried(tmp_path,
         ("a.csv", "text,label\none,1\ntwo,2,3\n", "a.csv:3: 3 fields, but the first line names 2 columns"),
         ("a.csv", 'text\n"one\n', "a.csv:2: not valid CSV"),
         ("a.parquet", "text", "cannot be read as Parquet"),
+        ("a.arrow", "text", "cannot be read as Arrow"),
+        ("a.jsonl.gz", "text", r"cannot be read as \.jsonl\.gz"),
+        ("a.parquet.gz", "text", "unknown kind of file; allowed are"),
         ("a.jsonl", '{"text": "one"}\n{"text": "a \\ud83d b"}', r"record 1, field text: 'a \\ud83d b' holds half of a"),
         ("a.json", '[{"answers": {"text": ["\\uDC00"]}}]', "record 0, field answers.text.0"),
     ],
@@ -93,19 +143,6 @@ def test_a_file_that_is_not_utf8_says_so(tmp_path):
         read_records(str(tmp_path / "a.txt"))
 
 
-def test_columns_are_found_by_our_name_or_the_mapped_one():
-    assert column([{"answers": 1}], "answers", {}, "f") == "answers"
-    assert column([{"answer": 1}], "answers", {}, "f") == "answer"
-    assert column([{"reply": 1, "answer": 1}], "answers", {"answers": "reply"}, "f") == "reply"
-
-
-def test_a_missing_column_names_those_that_exist_and_the_setting():
-    with pytest.raises(DataError) as caught:
-        column([{"body": 1, "id": 2}], "text", {"text": "content"}, "f.jsonl")
-    for part in ("f.jsonl", "'content'", "body, id", "data.columns", "columns: {text: body}"):
-        assert part in str(caught.value)
-
-
 def test_evaluation_records_have_a_source_of_their_own_or_none(tmp_path):
     path = tmp_path / "eval.json"
     path.write_text(json.dumps(RECORDS))
@@ -117,13 +154,6 @@ def test_evaluation_records_have_a_source_of_their_own_or_none(tmp_path):
         read_evaluation_records(DataSettings(kind="text", path=str(path), eval_path="missing.json"))
     with pytest.raises(DataError, match="has no splits"):
         read_evaluation_records(DataSettings(kind="text", path=str(path), eval_split="test"))
-
-
-def test_a_chat_says_what_to_write_instead():
-    records = [{"messages": [{"role": "user", "content": "Who?"}]}]
-    with pytest.raises(DataError, match=r"the records are chats \(column 'messages'\).*kind: qa.*kind: text") as caught:
-        column(records, "question", {}, "f")
-    assert "columns" not in str(caught.value)
 
 
 def test_values_of_a_csv_file_are_the_texts_that_stand_there(tmp_path):

@@ -112,7 +112,11 @@ def test_a_moved_project_finds_its_files_again(tmp_path, monkeypatch):
     project = tmp_path / "project"
     (project / "data").mkdir(parents=True)
     (project / "data" / "questions.json").write_text("[]")
-    (project / "run.yaml").write_text(GOOD.replace("questions.json", "data/questions.json"))
+    (project / "data" / "part-1.jsonl").write_text("")
+    config = GOOD.replace(
+        "questions.json", "data/questions.json\n  eval_path: [data/questions.json, data/part-*.jsonl]"
+    )
+    (project / "run.yaml").write_text(config)
     monkeypatch.chdir(project)
     folder = project / "runs" / "first"
     folder.mkdir(parents=True)
@@ -126,3 +130,4 @@ def test_a_moved_project_finds_its_files_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here" / "below")
     again = load_settings(str(tmp_path / "moved" / "runs" / "first" / "config.yaml"))
     assert again.data.path == str(tmp_path / "moved" / "data" / "questions.json")
+    assert again.data.eval_path == [again.data.path, str(tmp_path / "moved" / "data" / "part-*.jsonl")]
