@@ -11,7 +11,7 @@ from train.experiments.arms import Experiment
 from train.settings.schema import LRSA, SECTIONS
 
 WITH_SETTINGS = ["train", "evaluate", "estimate", "experiment"]
-OTHERS = ["publish", "kept_tokens", "serve", "train_tiny_base"]
+OTHERS = ["publish", "merge", "kept_tokens", "serve", "train_tiny_base"]
 
 
 @pytest.fixture
