@@ -9,6 +9,7 @@ import functools
 import logging
 
 import torch
+import torch.nn.functional as F
 
 from lrsa.attention import flex, reference, sliding
 from lrsa.attention.cpu import build, kernel
@@ -17,7 +18,8 @@ from lrsa.attention.softmax import Softmax
 from lrsa.attention.tiled import attention as tiled
 from lrsa.attention.tiled import sdpa
 from lrsa.config import LRSAConfig
-from lrsa.selection import select_tokens
+from lrsa.latent import Expand, select_latents
+from lrsa.selection import Selection, select_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +44,12 @@ def lrsa_attention(
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     impl: str = "auto",
+    expand: Expand | None = None,
 ) -> torch.Tensor:
     """Lag-Relative Sparse Attention over whole rows, in training or in the prefill of an empty cache.
 
     Args:
-        query: `[B, H, T, D]`, after RoPE; key, value: `[B, G, T, D]` with `H % G == 0`.
+        query: `[B, H, T, D]`, after RoPE; key: `[B, G, T, D]`, value: `[B, G, T, Dv]` with `H % G == 0`.
         config: the settings.
         scale: factor of the scores before the softmax, `D ** -0.5` when `None`.
         softcap: scores become `softcap * tanh(score / softcap)`, as in Gemma 2; `"tiled"` and `"cudnn"` refuse it.
@@ -56,18 +59,20 @@ def lrsa_attention(
         impl: `"reference"` (dense mask, for tests), `"native"` (compiled, CPU), `"tiled"` (PyTorch's flash kernels tile
             by tile, any device), or `"auto"`, which logs once what it chose. Not yet run on a GPU and chosen by name
             only: `"cudnn"` (the same tiles by cuDNN) and `"flex"` (FlexAttention; on a CPU without gradients).
+        expand: of latent attention: makes keys and values of `key` and `value`, which are the latents `c_kv` and
+            `k_rope` of `lrsa.latent`.
 
     Returns:
-        `[B, H, T, D]` in the query's dtype; 0 at padding. Gradients flow to query, key, value and sinks.
+        `[B, H, T, Dv]` in the query's dtype; 0 at padding. Gradients flow to query, key, value and sinks.
 
     Raises:
         ValueError: when shapes, dtypes, devices or `impl` cannot be used.
 
     Source: LRSA, arXiv 2506.11498.
     """
-    _check(query, key, value, position_ids, attention_mask, impl)
+    _check(query, key, value, position_ids, attention_mask, impl, expand is not None)
     softmax = Softmax.of(query, scale, softcap, sinks)
-    attend = functools.partial(attend_rows, config=config, softmax=softmax, impl=impl)
+    attend = functools.partial(attend_rows, config=config, softmax=softmax, impl=impl, expand=expand)
     return attend_documents(attend, query, key, value, attention_mask, position_ids)
 
 
@@ -78,28 +83,40 @@ def attend_rows(
     config: LRSAConfig,
     softmax: Softmax,
     impl: str = "auto",
+    expand: Expand | None = None,
 ) -> torch.Tensor:
     """`lrsa_attention` over rows without padding, unchecked; the queries are the last `T` of the `S` tokens of a row.
 
     Args:
-        query: `[B, H, T, D]`; key, value: `[B, G, S, D]`, with `T <= S`.
+        query: `[B, H, T, D]`; key: `[B, G, S, D]`, value: `[B, G, S, Dv]`, with `T <= S`.
 
     Returns:
-        `[B, H, T, D]` in the query's dtype.
+        `[B, H, T, Dv]` in the query's dtype.
     """
     length = key.shape[2]
+    expanded = (key, value) if expand is None else expand(key, value)
+    states, channels = _of_one_width(query, *expanded), expanded[1].shape[-1]
     is_dense = length <= config.dense_length or config.top_k == config.lag_size
     if is_dense and impl != "reference":  # the oracle takes no shorter way
         if softmax.is_plain:
-            return sliding.attend(query, key, value, length, softmax)  # a window over everything
+            return sliding.attend(*states, length, softmax)[..., :channels]  # a window over everything
         # One window, of the queries, behind a sink of all older tokens.
         config = config.replace(sink_size=length - query.shape[2], lag_size=query.shape[2], top_k=1)
     if impl == "auto":
-        impl = choose(query.device.type, query.dtype, query.shape[-1])
+        impl = choose(query.device.type, query.dtype, states[0].shape[-1])
         if impl == "tiled" and softmax.softcap is not None:
             impl = "flex" if query.is_cuda and query.shape[2] == length else "reference"
-    selection = select_tokens(key, value, config)
-    return IMPLEMENTATIONS[impl](query, key, value, selection, config, softmax)
+    if expand is None:
+        selection = select_tokens(key, value, config)
+    else:
+        selection = Selection(select_latents(key, value, config).index.expand(-1, states[1].shape[1], -1, -1))
+    return IMPLEMENTATIONS[impl](*states, selection, config, softmax)[..., :channels]
+
+
+def _of_one_width(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Zeros as further channels, which change no score and no other channel: kernels take one width for all."""
+    width = max(x.shape[-1] for x in states)
+    return tuple(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in states)
 
 
 @functools.cache
@@ -138,19 +155,21 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}.")
 
 
-def _check(query, key, value, position_ids, attention_mask, impl):
+def _check(query, key, value, position_ids, attention_mask, impl, is_latent):
     check_impl(impl)
     if query.dim() != 4 or key.dim() != 4:
         raise ValueError(
             f"query and key must be [batch, heads, tokens, head_dim], got {query.dim()}D and {key.dim()}D."
         )
-    if key.shape != value.shape:
-        raise ValueError(f"key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}.")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"key and value must agree in batch, heads and tokens, got {tuple(key.shape)} and {tuple(value.shape)}."
+        )
     if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))
         raise ValueError(f"query, key and value must have one dtype and be on one device, got {kinds}: convert them.")
     batch, heads, tokens, channels = query.shape
-    if (batch, tokens, channels) != (key.shape[0], key.shape[2], key.shape[3]):
+    if (batch, tokens) != (key.shape[0], key.shape[2]) or (channels != key.shape[3] and not is_latent):
         raise ValueError(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch, tokens and head_dim; "
             "a query shorter than its keys belongs to an LRSACache."

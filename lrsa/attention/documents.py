@@ -125,18 +125,19 @@ def attend_documents(
     """Run `attend`, an attention over rows without padding, over every document of a batch by itself.
 
     Args:
-        query: `[B, H, T, D]`; key, value: `[B, G, T, D]`.
+        query: `[B, H, T, D]`; key, value: `[B, G, T, D]`, or of other widths that `attend` takes.
         attention_mask, position_ids: as `find_documents` takes them.
 
     Returns:
-        `[B, H, T, D]`; 0 at padding.
+        `[B, H, T, Dv]`, as wide as what `attend` returns; 0 at padding.
     """
     shape = query.shape[0], query.shape[2]
     groups = find_documents(attention_mask, position_ids, shape)
     if len(groups) == 1 and groups[0].whole:
         return attend(query, key, value)
     if not groups:
-        return torch.zeros_like(query)
+        channels = attend(*(x[:, :, :1] for x in (query, key, value))).shape[3]
+        return query.new_zeros(*query.shape[:3], channels)
     parts = zip(*(Gather.apply(x, groups) for x in (query, key, value)), strict=True)
     return Scatter.apply(groups, shape, *(attend(*part) for part in parts))
 

@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DummyLayer, LinearAttentionLayer
 
 from lrsa.cache.compressed import CompressedLayer
+from lrsa.cache.latent import LatentLayer
 from lrsa.cache.rows import RowsLayer
 from lrsa.cache.sliding import SlidingLayer
 from lrsa.config import LRSAConfig
@@ -81,15 +82,16 @@ class LRSACache(Cache):
             )
         self._announced = None
         if layer_idx >= len(self.layers):
-            self._put(layer_idx, self._new_layer(layer_idx, window))
+            self._put(layer_idx, self._new_layer(layer_idx, window, "expand" in kwargs))
         return self.layers[layer_idx].attend(*args, **kwargs)
 
     def attend_again(self, layer_idx: int, window: int | None, *args, **kwargs) -> torch.Tensor:
         """Attention of a layer that has no keys of its own, over those that layer `layer_idx` has just stored."""
         return self.layers[layer_idx].attend_again(*args, **kwargs)
 
-    def _new_layer(self, layer_idx: int, window: int | None) -> RowsLayer:
-        return SlidingLayer(window) if window else CompressedLayer(self.config.for_layer(layer_idx), self.prefill)
+    def _new_layer(self, layer_idx: int, window: int | None, is_latent: bool) -> RowsLayer:
+        kind = LatentLayer if is_latent else CompressedLayer
+        return SlidingLayer(window) if window else kind(self.config.for_layer(layer_idx), self.prefill)
 
     def reset(self) -> None:
         self._announced = None

@@ -13,7 +13,7 @@ from lrsa.attention.api import attend_rows, lrsa_attention
 from lrsa.attention.softmax import Softmax
 from lrsa.cache.rows import RowsLayer, on_device
 from lrsa.config import LRSAConfig
-from lrsa.selection import select_tokens
+from lrsa.selection import Selection, select_tokens
 
 
 class CompressedLayer(RowsLayer):
@@ -53,7 +53,10 @@ class CompressedLayer(RowsLayer):
 
     def _remains(self, keys, values, lengths: list[int], seen: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """What remains of rows of `lengths` tokens, `seen` of which had been seen before and were cut then."""
-        return _compress(keys, values, lengths, self.config.replace(sink_size=self._far(seen)))
+        return _compress(keys, values, lengths, self.config.replace(sink_size=self._far(seen)), self._select)
+
+    def _select(self, keys: torch.Tensor, values: torch.Tensor, config: LRSAConfig) -> Selection:
+        return select_tokens(keys, values, config)
 
     def _drop(self, before: list[int]) -> None:
         """In rows that hold two full windows, cut the first down to its kept tokens and close the gap, in place."""
@@ -67,14 +70,14 @@ class CompressedLayer(RowsLayer):
         head = torch.arange(self.keys.shape[1], device=device)[None, :, None]
         window = torch.arange(2 * lag, device=device)
         near = [buffer[row, head, far + window] for buffer in (self.keys, self.values)]
-        kept = select_tokens(*near, self.config.replace(sink_size=0)).index.flatten(2)
+        kept = self._select(*near, self.config.replace(sink_size=0)).index.flatten(2)
         stays = torch.cat([kept, window[lag:].expand(*kept.shape[:2], -1)], dim=2)
         place = far + torch.arange(stays.shape[2], device=device)
         for buffer, states in zip((self.keys, self.values), near, strict=True):
             buffer[row, head, place] = states.gather(2, stays.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
 
 
-def _compress(keys, values, lengths: list[int], config: LRSAConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _compress(keys, values, lengths: list[int], config: LRSAConfig, select) -> tuple[torch.Tensor, torch.Tensor]:
     """What remains of rows of `lengths` tokens, left-aligned, once every window with a complete successor is cut."""
     length = max(lengths)
     keys, values = keys[:, :, :length], values[:, :, :length]
@@ -85,7 +88,7 @@ def _compress(keys, values, lengths: list[int], config: LRSAConfig) -> tuple[tor
     position = torch.arange(length, device=device)
     near = config.sink_size + config.lag_size * on_device(counts, device)[:, None]
     stays = ((position < config.sink_size) | (position >= near))[:, None].repeat(1, keys.shape[1], 1)
-    index = select_tokens(keys, values, config).index.flatten(2)
+    index = select(keys, values, config).index.flatten(2)
     stays |= torch.zeros_like(stays).scatter_(2, index, True)
     stays &= (position < on_device(lengths, device)[:, None])[:, None]
     held = max(config.kept_length(n) for n in lengths)

@@ -76,7 +76,7 @@ class RowsLayer(CacheLayerMixin):
             shared: other layers will call `attend_again`.
 
         Returns:
-            `[B, H, T, D]`, 0 at padding.
+            `[B, H, T, Dv]`, 0 at padding.
         """
         if self.is_initialized and len(self.seen) != query.shape[0]:
             raise ValueError(
@@ -133,12 +133,13 @@ class RowsLayer(CacheLayerMixin):
         mask = None
         if min(held) < max(held):
             mask = _first_of(tuple(held), key.device, torch.is_inference_mode_enabled())
-        states = self.keys[:, :, : max(held)], self.values[:, :, : max(held)], mask
+        keys, values = self._expanded(self.keys[:, :, : max(held)], self.values[:, :, : max(held)])
         if softmax.is_plain:  # the query heads of a KV head are the rows of one small attention: its keys are read once
-            query = query.reshape(batch, key.shape[1], -1, channels)
-            out = F.scaled_dot_product_attention(query, *states, scale=softmax.scale).reshape(batch, heads, 1, channels)
+            query = query.reshape(batch, keys.shape[1], -1, channels)
+            out = F.scaled_dot_product_attention(query, keys, values, mask, scale=softmax.scale)
+            out = out.reshape(batch, heads, 1, -1)
         else:
-            out = softmax.attend(query, *states)
+            out = softmax.attend(query, keys, values, mask)
         if not all(new):
             out = out.masked_fill(on_device(new, key.device)[:, None, None, None] == 0, 0.0)
         before, self.seen = self.seen, [seen + count for seen, count in zip(self.seen, new, strict=True)]
@@ -148,9 +149,13 @@ class RowsLayer(CacheLayerMixin):
         self._drop(before)
         return out
 
+    def _expanded(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that queries attend to, of those that are held."""
+        return keys, values
+
     def _extend(self, query, key, value, attention_mask, new: list[int], softmax: Softmax, impl: str) -> torch.Tensor:
         """Several tokens per row over a filled cache: rows of one length together, each group like a fresh row."""
-        out = torch.zeros_like(query)
+        out = query.new_zeros(*query.shape[:3], self._expanded(key[:, :, :1], value[:, :, :1])[1].shape[3])
         parts: list[tuple[torch.Tensor, torch.Tensor]] = [None] * len(new)
         for state in sorted(set(zip(self.seen, new, strict=True))):
             rows = [row for row, pair in enumerate(zip(self.seen, new, strict=True)) if pair == state]

@@ -14,6 +14,7 @@ from lrsa.attention import lrsa_attention
 from lrsa.attention.documents import find_documents
 from lrsa.attention.sliding import sliding_attention
 from lrsa.config import LRSAConfig
+from lrsa.hf.latent import expansion
 from lrsa.hf.layers import NAME, config_of, first_attention, is_recurrent, rotary_switch, window_of
 from lrsa.hf.support import REFUSED, check_named
 
@@ -55,6 +56,8 @@ def lrsa_attention_forward(
     window, impl = window_of(module, kwargs), module.lrsa_impl
     options = {"scale": scaling, "position_ids": position_ids, "attention_mask": attention_mask}
     options |= {"softcap": softcap, "sinks": s_aux}
+    if (expand := expansion(module)) is not None:
+        options["expand"] = expand
     if cache is not None:
         _compare(cache.config, config_of(module))
         attend = cache.attend_again if shares else cache.attend

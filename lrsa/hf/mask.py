@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
+from lrsa.hf.latent import hand_latents_on
 from lrsa.hf.layers import NAME
 from lrsa.hf.support import check_named
 
@@ -34,6 +35,8 @@ def lrsa_mask(
     Raises:
         ValueError: when a token would see later ones, as those of an image do, or the model has a pattern of its own.
     """
+    if config is not None:
+        hand_latents_on(config)
     if use_vmap:
         raise ValueError(
             "lrsa does not support this model: it adds its own pattern to the causal mask. Use lrsa.remove_lrsa(model)."

@@ -166,14 +166,15 @@ def _source(kind: type) -> Source | None:
 def _problem_of_source(forward: ast.FunctionDef, call: ast.Call, assigns: list) -> str:
     arguments = [ast.unparse(argument) for argument in call.args]
     arguments += [ast.unparse(word.value) for word in call.keywords if word.arg == "attention_mask"]
-    key, value, mask = arguments[2], arguments[3], arguments[4]
+    key, value, mask = arguments[2:5]
+    expanding = [node for node in assigns if _targets(node) == [key, value] and _calls(node, "self.expand_kv")]
+    fixed = {key, value} if expanding else {key}
+    if expanding:  # what keys and values are expanded from is what is stored, and what the attention is given
+        key, value = [ast.unparse(argument) for argument in expanding[0].value.args]
+        fixed |= {key, value}
     if mask not in {argument.arg for argument in forward.args.args + forward.args.kwonlyargs}:
         return "makes an attention mask of its own"
-    updates = [
-        node
-        for node in assigns
-        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func).endswith(".update") and node.value.args[2:]
-    ]
+    updates = [node for node in assigns if _calls(node, ".update") and node.value.args[2:]]
     for update in updates:
         stored = [ast.unparse(argument) for argument in update.value.args]
         if stored[:2] != [key, value] or _targets(update) != [key, value]:
@@ -181,9 +182,13 @@ def _problem_of_source(forward: ast.FunctionDef, call: ast.Call, assigns: list) 
         if stored[2] != "self.layer_idx":
             return "has a cache index of its own"
         between = [node for node in assigns if update.lineno < node.lineno < call.lineno]
-        if any(key in _targets(node) for node in between):
+        if any(fixed & set(_targets(node)) for node in between if node not in expanding):
             return "changes its keys after they were stored in its cache"
     return ""
+
+
+def _calls(node: ast.Assign | ast.AnnAssign, name: str) -> bool:
+    return isinstance(node.value, ast.Call) and ast.unparse(node.value.func).endswith(name)
 
 
 def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig
 
+from lrsa.hf import has_latents
 from lrsa.hf.layers import is_recurrent
 from train.distributed import environment
 from train.settings.errors import Problem, SettingsError
@@ -101,6 +102,9 @@ def share_rows(args: SFTConfig, model: PreTrainedModel, selection: bool) -> None
         problems.append(Problem("", "parallel.sp_size", text))
     if is_recurrent(text_config):
         text = f"must be 1, got {size}: the recurrent layers of {type(model).__name__} need whole rows"
+        problems.append(Problem("", "parallel.sp_size", text))
+    if has_latents(model):
+        text = f"must be 1, got {size}: all heads of {type(model).__name__} share their keys (latent attention)"
         problems.append(Problem("", "parallel.sp_size", text))
     coefficient = getattr(args, "router_aux_loss_coef", None)
     coefficient = getattr(text_config, "router_aux_loss_coef", 0) if coefficient is None else coefficient

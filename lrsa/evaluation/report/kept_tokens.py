@@ -14,7 +14,8 @@ from lrsa.cache import CACHE_ARGUMENT
 from lrsa.config import LRSAConfig
 from lrsa.evaluation.extra import extra
 from lrsa.evaluation.measure.state import active_config, causal_lm, in_eval_mode
-from lrsa.hf import sliding_windows
+from lrsa.hf import has_latents, sliding_windows
+from lrsa.latent import scored
 from lrsa.selection import select_tokens
 
 # Dropped, kept by its score, kept because it is in the sink or in the last windows.
@@ -55,7 +56,8 @@ def kept_tokens(model, input_ids: Sequence[int]) -> torch.Tensor:
         input_ids: the row.
 
     Returns:
-        bool `[layers, KV heads, tokens]`, true where that head of that layer still holds the token: at the end of its
+        bool `[layers, KV heads, tokens]`, true where that head of that layer still holds the token (one head
+        where all share their latents): at the end of its
         sliding window, in a layer that has one.
 
     Raises:
@@ -68,12 +70,13 @@ def kept_tokens(model, input_ids: Sequence[int]) -> torch.Tensor:
     with in_eval_mode(model):
         ids = torch.tensor([list(input_ids)], device=lm.device)
         lm.base_model(input_ids=ids, **{CACHE_ARGUMENT: cache})
+    score_by = scored if has_latents(lm) else lambda *states: states
     windows, position = sliding_windows(lm.config), torch.arange(len(input_ids))
     return torch.stack(
         [
             (position >= len(input_ids) - window).expand(layer.keys.shape[1], -1)
             if window
-            else _held(layer.keys, layer.values, config.for_layer(index))
+            else _held(*score_by(layer.keys, layer.values), config.for_layer(index))
             for index, (layer, window) in enumerate(zip(cache.layers, windows, strict=True))
         ]
     )

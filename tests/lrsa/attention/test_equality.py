@@ -205,7 +205,7 @@ def test_auto_says_once_what_it_chose(caplog):
     ("change", "message"),
     [
         ({"impl": "flash"}, "impl must be 'auto' or one of 'reference'"),
-        ({"key": torch.randn(1, 3, 30, 8)}, "key and value must have one shape"),
+        ({"key": torch.randn(1, 3, 30, 8)}, "key and value must agree in batch, heads and tokens"),
         ({"query": torch.randn(1, 4, 29, 8)}, "LRSACache"),
         (
             {"key": torch.randn(1, 2, 30, 8).half()},

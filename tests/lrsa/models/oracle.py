@@ -32,11 +32,22 @@ def oracle(model: PreTrainedModel, config: LRSAConfig | None) -> Iterator[list[s
         if own is not None:
             patched[name] = own
             sys.modules[name].eager_attention_forward = functools.partial(_attend, own, config, calls)
+    latent = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    for module in latent:
+        module.expand_kv = functools.partial(_expand, module, module.expand_kv)
     try:
         yield calls
     finally:
+        for module in latent:
+            del module.expand_kv, module.oracle_latent
         for name, own in patched.items():
             sys.modules[name].eager_attention_forward = own
+
+
+def _expand(module, own, c_kv, k_rope):
+    """Remember what keys and values are expanded from: one key, the whole latent, and one value for all heads."""
+    module.oracle_latent = torch.cat([c_kv, k_rope], -1), c_kv
+    return own(c_kv, k_rope)
 
 
 def _attend(own, config, calls, module, query, key, value, attention_mask, *args, **options):
