@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lrsa.attention.documents import Gather, Group, find_documents
 from lrsa.attention.softmax import Softmax
 from lrsa.config import LRSAConfig
+from lrsa.latent import Expand, scored
 from lrsa.scoring import window_deviation
 
 BLOCK = 2**24  # attention weights held at once
@@ -93,13 +94,14 @@ class SelectionSupervision:
         out: torch.Tensor,
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
+        expand: Expand | None = None,
         **softmax,
     ) -> torch.Tensor:
         """In the teacher's pass, note the layer's targets; in the student's, attach the loss's gradient to `out`.
 
         Args:
             layer: index of the layer.
-            query, key, value, position_ids, attention_mask: as `lrsa_attention` takes them.
+            query, key, value, position_ids, attention_mask, expand: as `lrsa_attention` takes them.
             out: the attention's output.
             softmax: `scale`, `softcap` and `sinks`, as `lrsa_attention` takes them.
 
@@ -113,12 +115,15 @@ class SelectionSupervision:
             return out
         if self.recording:
             predicting = _places(self.predicting, groups, self.queries)
-            parts = zip(predicting, *(_laid_out(x, groups) for x in (query, key)), strict=True)
-            self._targets[layer] = [future_attention(q, k, at, self.config, **softmax) for at, q, k in parts]
+            attended = key if expand is None else expand(key, value)[0]
+            parts = zip(predicting, *(_laid_out(x, groups) for x in (query, attended)), strict=True)
+            targets = [future_attention(q, k, at, self.config, **softmax) for at, q, k in parts]
+            self._targets[layer] = targets if expand is None else [x.sum(1, keepdim=True) for x in targets]
             return out
         if not torch.is_grad_enabled():
             return out
-        parts = zip(self._targets[layer], *(_laid_out(x, groups) for x in (key, value)), strict=True)
+        states = (key, value) if expand is None else scored(key, value)
+        parts = zip(self._targets[layer], *(_laid_out(x, groups) for x in states), strict=True)
         loss = torch.cat([selection_loss(*part, self.config, self.temperature) for part in parts]).mean()
         self.losses[layer] = loss.detach()
         return _Attach.apply(out, loss, self, self.weight / len(self.layers))

@@ -5,6 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lrsa import LRSAConfig, apply_lrsa, lag_relative_scores
+from tests.lrsa.models.build import build
+from tests.lrsa.models.oracle import oracle
 from train.selection_loss import SelectionSupervision, future_attention, selection_loss
 
 CONFIG = LRSAConfig(2, 4, 1)
@@ -121,6 +123,23 @@ def test_attached_gradient_is_that_of_the_sum(model):
     assert (
         found["model.layers.0.self_attn.k_proj.weight"] - plain["model.layers.0.self_attn.k_proj.weight"]
     ).norm() > 0
+
+
+def test_all_heads_teach_the_one_selection_of_latents():
+    """Against the weights of the model's own attention, of all heads."""
+    model, ids = build("youtu", num_hidden_layers=3), torch.randint(3, 48, (1, 30))
+    with torch.no_grad(), oracle(model, None):
+        weights = model(ids, output_attentions=True).attentions[0][0].sum(0)
+        taken = [x.detach() for x in model.model.layers[0].self_attn.oracle_latent]
+    found, supervision = grads_of(apply_lrsa(model, CONFIG).train(), 2.0, ids)
+    window = (torch.arange(30) - 2) // 4
+    far = (window[26:, None] - window >= 2)[:, 2:26]
+    target = (weights[26:, 2:26] * far).sum(0).view(1, 1, 6, 4)
+    expected = selection_loss(target, *taken, CONFIG, 5.0).mean()
+    torch.testing.assert_close(supervision.losses[0], expected, atol=1e-6, rtol=0)
+    plain, _ = grads_of(model, 0.0, ids)
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    assert (found[name] - plain[name]).norm() > 0
 
 
 def test_what_the_loss_is_divided_by_divides_the_supervision(model):
