@@ -51,6 +51,8 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
     if groups < args.world_size:
         processes = f"{groups} {'group' if groups == 1 else 'groups'} of sp_size {settings.parallel.sp_size}"
     packed = f", packed into {rows}" if args.packing else ""
+    limit = trainer.time_limit.minutes
+    minutes = "" if limit is None else f"as many as {limit:g} minutes allow, at most "
     lines = [
         ("model", f"{settings.model.name_or_path}, {_count(total)} parameters in {settings.model.dtype}"),
         ("adapter", f"LoRA r {settings.lora.r} on {_targets(trainer)}; {_count(trainable)} parameters trained "
@@ -60,7 +62,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
         ("batch", f"{args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} accumulated x "
                   f"{processes} = {per_step} rows per step"),
         ("data", f"{report.rows} rows{packed}, {report.compressed_share:.1%} long enough to be compressed"),
-        ("steps", f"{steps}, {steps / max(per_epoch, 1):.2f} epochs, learning rate {args.learning_rate:g}"),
+        ("steps", f"{minutes}{steps}, {steps / max(per_epoch, 1):.2f} epochs, learning rate {args.learning_rate:g}"),
         ("machine", _machine(trainer)),
         ("memory", _memory(settings, trainer, report)),
         ("output", str(args.output_dir)),

@@ -108,6 +108,7 @@ def sft_config(settings: RunSettings, output_dir: Path) -> SFTConfig:
         SettingsError: with what TRL or transformers object to.
     """
     values = settings.train.given() | {"output_dir": str(output_dir), "completion_only_loss": True}
+    values.pop("max_minutes", None)  # the only setting of the section that SFTConfig does not have
     if settings.parallel.sp_size > 1:
         values = {"pad_to_multiple_of": settings.parallel.sp_size} | values
         values["parallelism_config"] = parallelism_config(settings.parallel.sp_size)
@@ -127,7 +128,7 @@ def train_adapter(
     resume: bool,
 ) -> None:
     """Train one adapter of the base model, under LRSA or dense, and leave it verified in `args.output_dir`."""
-    if resume and is_finished(args):
+    if resume and is_finished(args, settings.train.max_minutes):
         console.print(f"{args.output_dir} already holds a finished adapter: skipping its training", soft_wrap=True)
         return
     if environment.rank() == 0:
@@ -145,6 +146,8 @@ def train_adapter(
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(plan_of(settings, trainer), error) from error
+    if trainer.time_limit.is_over:
+        console.print(f"train.max_minutes used up after step {trainer.state.global_step}")
     trainer.save_finished()
     if trainer.is_world_process_zero():
         verify_adapter(args.output_dir)
@@ -182,6 +185,7 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
             peft_config=lora_config(settings.lora, settings.model.revision),
             lrsa=lrsa,
             objective=settings.objective,
+            max_minutes=settings.train.max_minutes,
         )
     except ValueError as error:
         raise SettingsError([Problem("", "train, lora", f"refused by TRL or PEFT: {error}")]) from error

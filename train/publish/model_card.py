@@ -187,12 +187,13 @@ def _training(settings: RunSettings) -> str:
     lora = {"r": settings.lora.r, "lora_alpha": settings.lora.lora_alpha} | lora
     if settings.lora.init_from:
         lora["init_from"] = hub_id(settings.lora.init_from) or "a local adapter"
+    length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
     rows = {
         "data": f"{_data_name(settings, data.path)}, {data.kind}, rows of up to {data.context_length} tokens",
         "LRSA": ", ".join(f"{name} {value}" for name, value in settings.lrsa.items()),
         "LoRA": ", ".join(f"{name} {value}" for name, value in lora.items()),
         "objective": ", ".join(f"{name} {value}" for name, value in objective.items() if value is not None),
-        "length": f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs",
+        "length": f"{train.max_minutes:g} minutes, at most {length}" if train.max_minutes else length,
         "batch": f"{train.per_device_train_batch_size} rows per device x "
         f"{train.gradient_accumulation_steps} accumulated",
         "learning rate": f"{train.learning_rate:g}",

@@ -98,8 +98,8 @@ def remove_old(directory: Path, most: int | None, best: str | None) -> None:
         shutil.rmtree(checkpoint)
 
 
-def is_finished(args: TrainingArguments) -> bool:
-    """Whether `args.output_dir` holds an adapter that was trained for as many steps as `args` ask for."""
+def is_finished(args: TrainingArguments, max_minutes: float | None = None) -> bool:
+    """Whether `args.output_dir` holds an adapter that was trained for as many steps, or minutes, as are asked for."""
     try:
         verify_adapter(args.output_dir)
         state = json.loads((Path(args.output_dir) / STATE).read_text(encoding="utf-8"))
@@ -107,6 +107,8 @@ def is_finished(args: TrainingArguments) -> bool:
         return False
     if state["global_step"] < state["max_steps"]:
         return False
+    if max_minutes is not None:
+        return True
     if args.max_steps > 0:
         return args.max_steps <= state["global_step"]
     return args.num_train_epochs <= state["epoch"] + 1e-6

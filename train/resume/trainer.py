@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with safe resumption: a killed run resumes bit for bit.
+"""TRL's SFTTrainer with safe resumption: a killed run resumes bit for bit, unless it goes by the time.
 
 A checkpoint counts only when it is complete. SIGTERM ends training after the current step, with a checkpoint. A loss
 that is not finite ends it too, before anything is saved.
@@ -21,15 +21,22 @@ from trl import SFTTrainer
 from train.adapter import ADAPTER_NAME
 from train.failures import ProcessLost, RunFailed, RunStopped, first_line, is_lost_connection
 from train.resume.checkpoints import COMPLETE, checkpoints, damage, mark_complete, remove_damaged, remove_old
+from train.resume.time_limit import TimeLimit
 
 
 class ResumableTrainer(SFTTrainer):
-    """Trains, stops and resumes; arguments are those of `SFTTrainer`."""
+    """Trains, stops and resumes.
 
-    # Sums since the last line of the log, which are part of the next one.
-    counted = ("_globalstep_last_logged", "_total_train_tokens")
+    Args:
+        max_minutes: of training, after which it ends as if its last step was done.
+        other arguments: those of `SFTTrainer`.
+    """
 
-    def __init__(self, *args, **kwargs):
+    # Sums since the last line of the log, which are part of the next one; and the time.
+    counted = ("_globalstep_last_logged", "_total_train_tokens", "minutes")
+
+    def __init__(self, *args, max_minutes: float | None = None, **kwargs):
+        self.time_limit = TimeLimit(max_minutes)
         super().__init__(*args, **kwargs)
         self._sigterm: list[int] = []
         self._stopped = False
@@ -41,6 +48,21 @@ class ResumableTrainer(SFTTrainer):
         """The processes that share the optimizer's state: only the same ones can continue a checkpoint."""
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         return {"processes": self.args.world_size, "zero_stage": None if plugin is None else plugin.zero_stage}
+
+    @property
+    def minutes(self) -> float:
+        return self.time_limit.spent
+
+    @minutes.setter
+    def minutes(self, spent: float) -> None:
+        self.time_limit.start(spent)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        made = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if made:
+            self.time_limit.drive(scheduler, num_training_steps, self.args.get_warmup_steps(num_training_steps))
+        return scheduler
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs) -> TrainOutput:
         """Train from a checkpoint that `newest_checkpoint` returned, or from the beginning.
@@ -78,14 +100,19 @@ class ResumableTrainer(SFTTrainer):
         Raises:
             RunFailed: when the loss of any process was not finite.
         """
-        flags = torch.stack([torch.tensor(float(bool(self._sigterm)), device=self.args.device), self._not_finite])
-        stop, not_finite = self.accelerator.reduce(flags, reduction="sum").tolist()
+        minutes = self.time_limit.now() if self.args.process_index == 0 else 0.0
+        flags = torch.tensor([bool(self._sigterm), self._not_finite, minutes], dtype=torch.float64)
+        flags = self.accelerator.reduce(flags.to(self.args.device), reduction="sum")
+        stop, not_finite, self.time_limit.spent = flags.tolist()
         if not_finite:
             raise RunFailed(
                 f"The loss of step {self.state.global_step} is not finite: lower train.learning_rate, add "
                 f"train.warmup_steps, or check the data of that step. The step was not saved. {self._last_good()}"
             )
         self._stopped = stop > 0
+        if self.time_limit.is_over and not self._stopped:
+            self.state.max_steps = self.state.global_step
+            self.control.should_training_stop = True
         return self._stopped
 
     def _run_epoch(self, **kwargs) -> None:
@@ -121,6 +148,7 @@ class ResumableTrainer(SFTTrainer):
     def restore_counted(self) -> None:
         """Restore the sums of the log line that was open when the checkpoint was written."""
         if self._continued is None:
+            self.minutes = 0.0
             return
         values = json.loads(self._counted_file(Path(self._continued)).read_text(encoding="utf-8"))
         self._tr_loss += values["loss"]

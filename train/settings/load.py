@@ -124,6 +124,10 @@ def _conflicts(built: dict) -> dict[FieldPath, str]:
             f"must be at least data.context_length ({data.context_length}), got {train.max_length}: rows would be cut; "
             "remove it"
         )
+    if train and train.max_minutes and objective and objective.schedule == "shrink":
+        problems["objective", "schedule"] = (
+            "shrink divides the steps, whose number is not known with train.max_minutes: use draw, or train.max_steps"
+        )
     if lrsa and objective and objective.keep_ratios:
         trained = sorted({lrsa.with_keep_ratio(ratio).top_k for ratio in objective.keep_ratios})
         if lrsa.top_k not in trained:

@@ -212,7 +212,14 @@ def _trainer_fields() -> dict[str, tuple[Any, FieldInfo]]:
     return {field.name: _trainer_field(field, hints[field.name]) for field in fields}
 
 
-TrainSettings = create_model("TrainSettings", __base__=TrainerSection, **_trainer_fields())
+MAX_MINUTES = """Minutes of training, all starts of a run together; a learning rate that falls does so with the time.
+max_steps or num_train_epochs may end it earlier. The control gets as many."""
+TrainSettings = create_model(
+    "TrainSettings",
+    __base__=TrainerSection,
+    max_minutes=(float | None, Field(None, gt=0, description=" ".join(MAX_MINUTES.split()))),
+    **_trainer_fields(),
+)
 
 # Meanings of the fields of LRSAConfig, which checks itself.
 LRSA = {

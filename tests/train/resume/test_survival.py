@@ -17,6 +17,7 @@ from launch.command_line import explain
 from tests.tiny_run import make_workplace
 from tests.train.resume.launched import assert_same, lines, start, step_of, wait_until
 from train.resume.checkpoints import checkpoints, damage
+from train.resume.time_limit import TimeLimit
 from train.settings.load import load_settings
 
 
@@ -161,6 +162,26 @@ def test_a_loss_that_is_not_finite(workplace, rate, message, capsys):
     assert not (directory / "adapter_model.safetensors").exists()
     assert run_here(workplace, directory.name, "train.learning_rate=1e-3", resume=True) == 2
     assert "train.learning_rate: was" in capsys.readouterr().err
+
+
+def test_a_number_of_minutes(workplace, monkeypatch, capsys):
+    """Eight steps of an eighth of a minute, whose learning rate falls by the time; a resumed run counts on."""
+    limit = ["train.max_minutes=1", "train.max_steps=40", "train.logging_steps=1", "eval.control=false"]
+    monkeypatch.setattr(TimeLimit, "now", lambda limit: limit.spent + 0.125)
+    assert run_here(workplace, "minutes", *limit) == 0
+    assert "train.max_minutes used up after step 8" in capsys.readouterr().out
+    whole = workplace / "minutes"
+    rates = {line["step"]: line["learning_rate"] for line in lines(whole)}
+    shares = [1, 0.975, *(1 - 0.125 * steps for steps in range(1, 7))]  # the second step has one of 40 steps behind it
+    assert rates == pytest.approx({step + 1: 0.01 * share for step, share in enumerate(shares)})
+    assert run_here(workplace, "minutes", *limit, resume=True) == 0
+    assert "already holds a finished adapter" in capsys.readouterr().out
+    (whole / "adapter_model.safetensors").unlink()
+    shutil.rmtree(checkpoints(whole)[-1])
+    assert run_here(workplace, "minutes", *limit, resume=True) == 0
+    assert {line["step"]: line["learning_rate"] for line in lines(whole)} == pytest.approx(rates)
+    assert run_here(workplace, "minutes", *limit, "objective.schedule=shrink") == 2
+    assert "shrink divides the steps" in capsys.readouterr().err
 
 
 def test_a_corrupt_row_is_named(workplace, capsys):
