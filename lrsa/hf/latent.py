@@ -16,15 +16,16 @@ from lrsa.hf.layers import NAME
 from lrsa.latent import Expand
 
 
-def hand_latents_on(config: PreTrainedConfig) -> None:
-    """Let the attention modules of a text configuration's model hand their latents on while they run "lrsa".
+@functools.cache
+def hand_latents_on(config: type[PreTrainedConfig]) -> None:
+    """Let the attention modules of a model, which has been made of such a configuration, hand their latents on.
 
-    It is done to their class, because a model that was loaded by the name "lrsa" never meets `apply_lrsa`; under any
-    other attention the class does what it did.
+    It is done to the classes of all models that are loaded, because one that was loaded by the name "lrsa" never meets
+    `apply_lrsa`; modules under any other attention do what they did.
     """
-    modelling = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
-    for kind in vars(modelling).values() if modelling else ():
-        if isinstance(kind, type) and "expand_kv" in vars(kind) and not hasattr(kind.expand_kv, "before_lrsa"):
+    modelling = [module for name, module in list(sys.modules.items()) if ".modeling_" in name]
+    for kind in {kind for module in modelling for kind in vars(module).values() if isinstance(kind, type)}:
+        if "expand_kv" in vars(kind) and not hasattr(kind.expand_kv, "before_lrsa"):
             kind.expand_kv = _handing_on(kind.expand_kv)
 
 

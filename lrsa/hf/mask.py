@@ -36,7 +36,7 @@ def lrsa_mask(
         ValueError: when a token would see later ones, as those of an image do, or the model has a pattern of its own.
     """
     if config is not None:
-        hand_latents_on(config)
+        hand_latents_on(type(config))
     if use_vmap:
         raise ValueError(
             "lrsa does not support this model: it adds its own pattern to the causal mask. Use lrsa.remove_lrsa(model)."
