@@ -8,14 +8,18 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
+from data.chat.rows import chat_rows
 from data.question_answering import question_answering_rows
 from data.report import DataReport, compression_warning, length_summary, marked_sample
 from data.rows import Rows, fingerprint, to_dataset
 from data.settings import DataSettings
 from data.sources.files import DataError
+from data.sources.records import training_and_evaluation
 from data.synthetic.rows import synthetic_rows
 from data.text import text_rows
 from lrsa import PromptFormat
+
+MAKE = {"qa": question_answering_rows, "chat": chat_rows, "text": text_rows, "synthetic": synthetic_rows}
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Corpus:
         train: columns `input_ids` and `labels` (-100: token not trained); at most `context_length` tokens a row.
         evaluation: for qa and synthetic `{"prompt", "answers", "input_ids", "prompt_length"}`, where
             `input_ids[:prompt_length]` is the prompt as training rows have it (BOS or chat template included) and
-            the rest the first answer with its end; for text `{"input_ids"}`.
+            the rest the first answer with its end; for text `{"input_ids"}`; for chat also `trained`, of every token,
+            and no `answers` where the last one is long.
         report: what the rows look like.
         prompt: what stands around prompts and answers of these rows.
     """
@@ -49,8 +54,9 @@ def load(settings: DataSettings, tokenizer, seed: int, smallest_compressed: int)
         DataError: data that is missing, empty, or not in the layout that the settings say; it says what to change.
     """
     prompt = prompt_format(settings, tokenizer)
-    make = {"qa": question_answering_rows, "synthetic": synthetic_rows}.get(settings.kind)
-    rows = text_rows(settings, tokenizer, seed) if make is None else make(settings, tokenizer, seed, prompt)
+    notes: list[str] = []
+    rows = MAKE[settings.kind](settings, tokenizer, seed, prompt, training_and_evaluation(settings, notes))
+    rows.notes[:0] = notes
     if not rows.train:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in _counted(rows.dropped).items())
         raise DataError(f"data: {rows.source} leaves no row to train on. Dropped: {reasons or 'nothing'}.")
@@ -63,7 +69,7 @@ def load(settings: DataSettings, tokenizer, seed: int, smallest_compressed: int)
             f"{len(rows.evaluation)} evaluation rows could be had, of data.eval_rows = {settings.eval_rows}"
         )
     report = _report(rows, settings, tokenizer, smallest_compressed)
-    return Corpus(to_dataset(rows.train), rows.evaluation, report, prompt)
+    return Corpus(to_dataset(rows.train), rows.evaluation, report, rows.prompt or prompt)
 
 
 def prompt_format(settings: DataSettings, tokenizer) -> PromptFormat:

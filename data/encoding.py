@@ -16,7 +16,12 @@ import numpy as np
 
 from data.sources.files import DataError
 
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # code points that Unicode keeps free for such internal use
+_OPEN, _CLOSE, _HIDE, _SHOW = (
+    "\ufdd0",
+    "\ufdd1",
+    "\ufdd2",
+    "\ufdd3",
+)  # code points that Unicode keeps free for such internal use
 
 
 class Encoder:
@@ -33,12 +38,32 @@ class Encoder:
         self._marks = {token: f"{_OPEN}{number}{_CLOSE}" for token, number in self._ids.items()}
         self._tokens = {mark: token for token, mark in self._marks.items()}
         longest_first = sorted(map(re.escape, self._ids), key=len, reverse=True)
-        self._pattern = re.compile("|".join(longest_first) or "(?!)")
+        self.control_tokens = self._pattern = re.compile("|".join(longest_first) or "(?!)")
         self.written: Counter[str] = Counter()
 
     def markup(self, text: str) -> str:
         """`text` with its control tokens marked as such."""
         return self._pattern.sub(lambda found: self._marks[found[0]], text)
+
+    def held(self, value):
+        """Data, also texts in lists and mappings, with its control tokens hidden, to render a template with."""
+        if isinstance(value, str):
+            return self._pattern.sub(lambda found: f"{_HIDE}{self._ids[found[0]]}{_SHOW}", value)
+        if isinstance(value, dict):
+            return {key: self.held(item) for key, item in value.items()}
+        return [self.held(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def rendered(self, text: str) -> str:
+        """What a template made of `held` data: its own control tokens as markup, those of the data as letters."""
+        return self.shown(self.markup(text))
+
+    def shown(self, text: str) -> str:
+        """`text` with what `held` has hidden in it."""
+        return re.sub(f"{_HIDE}([0-9]+){_SHOW}", lambda found: self._tokens[f"{_OPEN}{found[1]}{_CLOSE}"], text)
+
+    def tail(self, text: str) -> str:
+        """A text from its last control token on: what follows has the same tokens behind it as behind all of it."""
+        return text[max(text.rfind(_OPEN), 0) :]
 
     def plain(self, text: str) -> str:
         """`text` as a model's user would write it, without marks."""
@@ -94,9 +119,10 @@ class Encoder:
         around = text[max(found.start() - 20, 0) : found.end() + 20]
         if self._copy is not None:
             tokenizer, original = self._copy
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-            if not set(ids) & set(self._ids.values()):
-                return [original.get(number, number) for number in ids]
+            ids = [original.get(n, n) for n in tokenizer.encode(text, add_special_tokens=False).ids]
+            control = set(self._ids.values())
+            if sum(number in control for number in ids) == text.count(_OPEN):  # those of the markup, and no other
+                return ids
         raise DataError(
             f"data: {around!r} holds {found[0]!r}, a control token that this tokenizer cannot read as ordinary text: "
             "remove it from the data, or write it in another way."

@@ -6,21 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from data.duplicates import DistinctTexts
+from data.duplicates import DistinctTexts, normal_form
 from data.encoding import Encoder
 from data.long_context import TOO_LONG, LongContexts, QuestionRow
 from data.questions import Question, layout_of, read_questions, short_passages
-from data.rows import EVALUATED, NOT_CHOSEN, Rows, chosen
+from data.rows import EVALUATED, NOT_CHOSEN, Records, Rows, chosen
 from data.settings import DataSettings
 from data.sources.files import DataError
-from data.sources.records import evaluation_source, read_evaluation_records, read_records
 from lrsa import PromptFormat
 
 _POOL = 8192  # passages that distractors come from: enough for rows of a million tokens, few enough to tokenize
 _CHECKED = 16  # rows whose prompt is tokenized in one piece, to compare
 
 
-def question_answering_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat) -> Rows:
+def question_answering_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, records: Records) -> Rows:
     """Rows of questions over long contexts.
 
     No passage that answers an evaluation row is in any training row, not even as a distractor. The distractors of
@@ -29,9 +28,9 @@ def question_answering_rows(settings: DataSettings, tokenizer, seed: int, turn: 
     Raises:
         DataError: when the data cannot be read, or cannot be split.
     """
-    result = Rows(source=settings.path)
+    result = Rows(source=settings.origin)
     passages = DistinctTexts()
-    train, evaluation, fill = _read(settings, passages, result)
+    train, evaluation, fill = _read(settings, records, passages, result)
     template, shuffle = settings.prompt_template, settings.shuffle_passages
     contexts = LongContexts(Encoder(tokenizer), turn, template, passages.texts, settings.context_length, shuffle)
     rng = np.random.default_rng([seed, 0])
@@ -40,6 +39,9 @@ def question_answering_rows(settings: DataSettings, tokenizer, seed: int, turn: 
     else:
         evaluation = [evaluation[index] for index in chosen(len(evaluation), settings.eval_rows, rng)]
     held = {number for question in evaluation for number in question.gold}
+    result.held = {normal_form(passages.texts[number]) for number in held}
+    held |= {number for number, text in enumerate(passages.texts) if records.held and normal_form(text) in records.held}
+    result.seen = {normal_form(text) for number, text in enumerate(passages.texts) if number not in held}
     train = _without(train, held, settings.max_rows, rng, result)
 
     pool = rng.permutation(len(passages.texts))[: _POOL if fill else 0]
@@ -52,20 +54,19 @@ def question_answering_rows(settings: DataSettings, tokenizer, seed: int, turn: 
 
 
 def _read(
-    settings: DataSettings, passages: DistinctTexts, result: Rows
+    settings: DataSettings, records: Records, passages: DistinctTexts, result: Rows
 ) -> tuple[list[Question], list[Question] | None, bool]:
     """Questions to train on, those of an evaluation source of its own, and whether rows are filled from the pool."""
     columns = settings.columns
-    records = read_records(settings.path, settings.name, settings.split, notes=result.notes)
-    layout = layout_of(records[0], settings.format, columns)
+    first, evaluation = records.train[0], records.evaluation
+    layout = layout_of(first, settings.format, columns)
     fill = settings.distractors == "pool"
-    fill |= settings.distractors == "auto" and short_passages(records[0], layout, columns)
-    train = read_questions(records, layout, columns, f"data.path {settings.path}", passages, result.dropped)
-    records = read_evaluation_records(settings, result.notes)
-    if records is None:
+    fill |= settings.distractors == "auto" and short_passages(first, layout, columns)
+    train = read_questions(records.train, layout, columns, settings.source, passages, result.dropped)
+    if evaluation is None:
         return train, None, fill
-    layout, source = layout_of(records[0], settings.format, columns), evaluation_source(settings)
-    return train, read_questions(records, layout, columns, source, passages, result.evaluation_dropped), fill
+    layout, source = layout_of(evaluation[0], settings.format, columns), settings.evaluation_source
+    return train, read_questions(evaluation, layout, columns, source, passages, result.evaluation_dropped), fill
 
 
 def _held_out(
@@ -88,7 +89,7 @@ def _held_out(
             break
     if not held:
         raise DataError(
-            f"data.path {settings.path}: no passage can be held out for data.eval_rows = {settings.eval_rows} "
+            f"{settings.source}: no passage can be held out for data.eval_rows = {settings.eval_rows} "
             f"(questions: {len(questions)}, passages: {len(groups)}): all have more questions, or are longer than "
             f"data.context_length = {settings.context_length}. Change one of the two, give data.eval_path, or set "
             "data.eval_rows: 0."

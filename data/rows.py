@@ -12,7 +12,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-EVALUATED = "evaluation rows have its passage or document"
+from lrsa import PromptFormat
+
+EVALUATED = "evaluation rows have its passage, document or first message"
 NOT_CHOSEN = "more than data.max_rows"
 EVALUATION_NOT_CHOSEN = "more than data.eval_rows"
 NOT_TRAINED = -100
@@ -36,12 +38,33 @@ class Row:
         return np.arange(len(self.input_ids)) >= self.prompt_length if self.answers is None else self.answers
 
 
+@dataclass(frozen=True)
+class Records:
+    """What a kind of data makes rows of.
+
+    Attributes:
+        train, evaluation: records; evaluation is None where rows are held out of `train`.
+        held: normal forms of what is evaluated elsewhere, and therefore not trained on.
+    """
+
+    train: list[dict]
+    evaluation: list[dict] | None = None
+    held: frozenset[str] = frozenset()
+
+
 @dataclass
 class Rows:
-    """What a kind of data makes of its settings: rows to train on, rows to evaluate on, and what was left out."""
+    """What a kind of data makes of its settings: rows to train on, rows to evaluate on, and what was left out.
+
+    `held` and `seen` are the normal forms of the passages, documents or first messages that are evaluated and trained
+    on. `prompt` is what stands around prompts and answers, where it is not that of the settings.
+    """
 
     source: str
     train: Sequence[Row] = ()
+    held: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
+    prompt: PromptFormat | None = None
     evaluation: list[dict] = field(default_factory=list)
     dropped: Counter = field(default_factory=Counter)
     evaluation_dropped: Counter = field(default_factory=Counter)

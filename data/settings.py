@@ -12,7 +12,11 @@ DEFAULT_TEMPLATE = (
     "Question: {question}\nAnswer:"
 )
 Paths = Annotated[list[str], Field(min_length=1)]
-COLUMNS = ("question", "context", "answers", "text")
+COLUMNS = (
+    *("question", "context", "answers", "text"),
+    *("messages", "role", "content", "prompt", "completion", "instruction", "input", "output", "system", "tools"),
+)
+KINDS = Literal["qa", "chat", "text", "synthetic"]
 
 
 class SyntheticSettings(BaseModel):
@@ -39,9 +43,10 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    kind: Literal["qa", "text", "synthetic"] = Field(
-        description="qa: question answering over long contexts; text: plain language modelling; "
-        "synthetic: generated rows that ask for codes hidden among filler words."
+    kind: KINDS = Field(
+        description="qa: question answering over long contexts; chat: conversations, instructions or prompts with "
+        "completions; text: plain language modelling; synthetic: generated rows that ask for codes hidden among filler "
+        "words."
     )
     path: str | Paths | None = Field(
         None,
@@ -65,7 +70,9 @@ class DataSettings(BaseModel):
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Names of the columns in your data, where they differ from ours: {question: ..., context: ..., "
-        "answers: ...} for qa, {text: ...} for text.",
+        "answers: ...} for qa, {text: ...} for text, and for chat {messages: ...} with role and content in each "
+        "message, {prompt: ..., completion: ...} (texts that no chat template goes around, or lists of messages) or "
+        "{instruction: ..., input: ..., output: ...}, with system and tools where there are any.",
     )
     format: Literal["auto", "squad", "hotpotqa", "generic"] = Field(
         "auto",
@@ -94,6 +101,14 @@ class DataSettings(BaseModel):
         description="qa: put the passages of a row in random order. null: yes, unless a context is a list of texts "
         "without titles, such as pages, which then stay together in their order.",
     )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="chat: train on every answer of the assistant, or on the last one of each chat."
+    )
+    too_long: Literal["drop", "cut"] = Field(
+        "drop",
+        description="chat: drop chats longer than context_length, or cut their oldest turns (not the system message) "
+        "until they fit; answers are never cut.",
+    )
     end_of_document: bool = Field(
         True,
         description="text: train the end-of-text token after every document, so that the model does not unlearn it.",
@@ -113,9 +128,26 @@ class DataSettings(BaseModel):
             raise ValueError(
                 f"kind synthetic generates its rows and reads no path, got {path!r}: remove path or change kind"
             )
-        if kind in ("qa", "text") and not path:
+        if kind in ("qa", "chat", "text") and not path:
             raise ValueError(f"kind {kind} needs path: a local file, or the name of a data set on the Hugging Face Hub")
         return path
+
+    @property
+    def origin(self) -> str:
+        """Where the rows come from."""
+        if self.path is None:
+            return f"synthetic {self.synthetic.task}"
+        return self.path if isinstance(self.path, str) else ", ".join(self.path)
+
+    @property
+    def source(self) -> str:
+        """What messages call the records to train on."""
+        return f"data.path {self.origin}"
+
+    @property
+    def evaluation_source(self) -> str:
+        """What messages call the records to evaluate on."""
+        return f"data.eval_path {self.eval_path}" if self.eval_path else self.source
 
     @field_validator("columns")
     @classmethod

@@ -17,11 +17,11 @@ import numpy as np
 from data.duplicates import DistinctTexts, normal_form
 from data.encoding import Encoder
 from data.progress import progress
-from data.rows import EVALUATED, EVALUATION_NOT_CHOSEN, NOT_CHOSEN, Row, Rows, chosen
+from data.rows import EVALUATED, EVALUATION_NOT_CHOSEN, NOT_CHOSEN, Records, Row, Rows, chosen
 from data.settings import DataSettings
 from data.sources.columns import columns_of
 from data.sources.files import DataError
-from data.sources.records import evaluation_source, read_evaluation_records, read_records
+from lrsa import PromptFormat
 
 EMPTY = "empty document"
 DUPLICATE = "document that is there already"
@@ -30,28 +30,32 @@ TOO_SHORT = "piece of a document with fewer than 2 tokens"
 _BATCH = 64
 
 
-def text_rows(settings: DataSettings, tokenizer, seed: int) -> Rows:
+def text_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, records: Records) -> Rows:
     """Rows of documents; a document is either trained on or evaluated on, unless none is short enough to be held out.
 
     Raises:
         DataError: when the data cannot be read.
     """
-    result, encoder = Rows(source=settings.path), Encoder(tokenizer)
+    result, encoder = Rows(source=settings.origin), Encoder(tokenizer)
     rng = np.random.default_rng([seed, 0])
-    records = read_records(settings.path, settings.name, settings.split, notes=result.notes)
-    documents = read_documents(records, settings.columns, f"data.path {settings.path}", result.dropped)
-    records = read_evaluation_records(settings, result.notes)
-    if records is not None:
-        held = read_documents(records, settings.columns, evaluation_source(settings), result.evaluation_dropped)
+    every = read_documents(records.train, settings.columns, settings.source, result.dropped)
+    elsewhere, held = records.held, []
+    if records.evaluation is not None:
+        held = read_documents(
+            records.evaluation, settings.columns, settings.evaluation_source, result.evaluation_dropped
+        )
+        elsewhere = elsewhere | set(map(normal_form, held))
+    documents = [document for document in every if normal_form(document) not in elsewhere]
+    result.dropped[EVALUATED] += len(every) - len(documents)
+    if records.evaluation is None:
+        train, evaluation = _held_out(documents, encoder, settings, rng, result)
+    else:
         found = _rows(_encoded(held, encoder, settings), settings, tokenizer, result.evaluation_dropped)
         evaluation = [found[i] for i in chosen(len(found), settings.eval_rows, rng)]
         result.evaluation_dropped[EVALUATION_NOT_CHOSEN] += len(found) - len(evaluation)
-        elsewhere = set(map(normal_form, held))
-        kept = [document for document in documents if normal_form(document) not in elsewhere]
-        result.dropped[EVALUATED] += len(documents) - len(kept)
-        train = _rows(_encoded(kept, encoder, settings), settings, tokenizer, result.dropped)
-    else:
-        train, evaluation = _held_out(_encoded(documents, encoder, settings), settings, tokenizer, rng, result)
+        train = _rows(_encoded(documents, encoder, settings), settings, tokenizer, result.dropped)
+        result.held = set(map(normal_form, held))
+    result.seen = set(map(normal_form, documents)) - result.held
     result.notes += [_end_note(settings, tokenizer), *encoder.notes()]
     result.train = [Row(train[i], prompt_length=0) for i in chosen(len(train), settings.max_rows, rng)]
     result.dropped[NOT_CHOSEN] += len(train) - len(result.train)
@@ -68,10 +72,11 @@ def _end_note(settings: DataSettings, tokenizer) -> str:
 
 
 def _held_out(
-    documents: list[np.ndarray], settings: DataSettings, tokenizer, rng: np.random.Generator, result: Rows
+    texts: list[str], encoder: Encoder, settings: DataSettings, rng: np.random.Generator, result: Rows
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Rows to train on and to evaluate on."""
-    length, wanted = settings.context_length, settings.eval_rows
+    length, wanted, tokenizer = settings.context_length, settings.eval_rows, encoder.tokenizer
+    documents = _encoded(texts, encoder, settings)
     if settings.join_documents:  # then tokens are counted, for a row has no document of its own
         taken = _hold_out([len(ids) for ids in documents], wanted * length, rng)
     else:
@@ -82,6 +87,7 @@ def _held_out(
         result.notes.append("no document is short enough to be held out whole: the last rows are held out instead")
         return rows[:border], rows[border:]
     held = set(taken)
+    result.held = {normal_form(texts[i]) for i in held}
     train = _rows([ids for i, ids in enumerate(documents) if i not in held], settings, tokenizer, result.dropped)
     evaluation = _rows([documents[i] for i in sorted(held)], settings, tokenizer, result.evaluation_dropped)[:wanted]
     return train, evaluation

@@ -95,6 +95,12 @@ class PromptFormat:
         return None if file is None else cls(**json.loads(Path(file).read_text(encoding="utf-8")))
 
 
+def chat_template(tokenizer, tools: list[dict] | None = None) -> str:
+    """The tokenizer's chat template, with a fixed day where it would write today's."""
+    template = tokenizer.get_chat_template(tools=tools)
+    return _NOW.sub(lambda found: json.dumps(_DATE.strftime(found[2])), template)
+
+
 def _rendered(tokenizer) -> tuple[str, str, str]:
     """What the chat template writes before the user's text, from there up to the answer, and after the answer."""
     reason = ""
@@ -104,8 +110,7 @@ def _rendered(tokenizer) -> tuple[str, str, str]:
             {"role": "assistant", "content": content_of(_ANSWER)},
         ]
         try:
-            template = _NOW.sub(lambda found: json.dumps(_DATE.strftime(found[2])), tokenizer.get_chat_template())
-            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+            text = tokenizer.apply_chat_template(messages, chat_template=chat_template(tokenizer), tokenize=False)
         except Exception as error:  # a template is a program of the model's author: anything may come out of it
             reason = reason or f"cannot render a question and an answer: {error}"
             continue

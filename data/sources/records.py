@@ -7,6 +7,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
+from data.rows import Records
 from data.settings import DataSettings
 from data.sources.files import DataError, ending, kind_of, records_of, shown
 from data.sources.folders import read_folder
@@ -120,6 +121,14 @@ def _rows(table) -> Iterator[dict[str, Any]]:
     return (record for batch in table.with_format("arrow").iter(_BATCH) for record in batch.to_pylist())
 
 
+def training_and_evaluation(settings: DataSettings, notes: list[str]) -> Records:
+    """What rows are made of, apart from those that are generated."""
+    if settings.path is None:
+        return Records([])
+    train = read_records(settings.path, settings.name, settings.split, notes=notes)
+    return Records(train, read_evaluation_records(settings, notes))
+
+
 def read_evaluation_records(settings: DataSettings, notes: list[str] | None = None) -> list[dict[str, Any]] | None:
     """The records of `eval_path` and `eval_split`; None when evaluation rows are held out of the training data."""
     if settings.eval_rows == 0 or not (settings.eval_path or settings.eval_split):
@@ -134,11 +143,6 @@ def read_evaluation_records(settings: DataSettings, notes: list[str] | None = No
     name = None if settings.eval_path else settings.name
     setting = "data.eval_path" if settings.eval_path else "data.path"
     return read_records(path, name, settings.eval_split or settings.split, setting, notes)
-
-
-def evaluation_source(settings: DataSettings) -> str:
-    """What error messages call the records of `read_evaluation_records`."""
-    return f"data.eval_path {settings.eval_path}" if settings.eval_path else f"data.path {settings.path}"
 
 
 def _load_dataset(

@@ -8,14 +8,14 @@ import numpy as np
 
 from data.encoding import Encoder
 from data.progress import progress
-from data.rows import Row, Rows
+from data.rows import Records, Row, Rows
 from data.settings import DataSettings
 from data.sources.files import DataError
 from data.synthetic import text as synthetic
 from lrsa import PromptFormat
 
 
-def synthetic_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat) -> Rows:
+def synthetic_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, records: Records) -> Rows:
     """Generated rows, as near below `context_length` as whole words allow.
 
     Raises:
@@ -23,7 +23,7 @@ def synthetic_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFor
     """
     task = settings.synthetic
     count = min(task.rows, settings.max_rows or task.rows)
-    result = Rows(source=f"synthetic {task.task}")
+    result = Rows(source=settings.origin)
     training = _rows(settings, tokenizer, turn, count, random.Random(f"{seed} train"), task.questions)
     result.train = [row for row, _ in training]
     evaluation = _rows(settings, tokenizer, turn, settings.eval_rows, random.Random(f"{seed} evaluation"), questions=1)

@@ -22,7 +22,7 @@ def test_every_setting_is_described():
         assert all(field.description for field in model.model_fields.values())
 
 
-@pytest.mark.parametrize("kind", ["qa", "text"])
+@pytest.mark.parametrize("kind", ["qa", "chat", "text"])
 def test_a_kind_that_reads_needs_a_path(kind):
     [(place, text)] = problems(kind=kind)
     assert place == "path" and f"kind {kind} needs path" in text
@@ -40,7 +40,7 @@ def test_wrong_values_are_all_named_at_once():
 
 def test_columns_map_our_names_only():
     [(place, text)] = problems(kind="qa", path="a.json", columns={"quesion": "q"})
-    assert place == "columns" and "quesion" in text and "question, context, answers, text" in text
+    assert place == "columns" and "quesion" in text and "question, context, answers, text, messages" in text
 
 
 @pytest.mark.parametrize(
