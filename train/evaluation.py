@@ -19,7 +19,7 @@ from train.model import load_model
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
 
-TASKS = {"qa": "qa", "text": "loss", "synthetic": "retrieval"}
+TASKS = {"qa": "qa", "chat": "loss", "text": "loss", "synthetic": "retrieval"}
 BASE, CONTROL, TUNED = "base", "dense-LoRA", "LRSA-LoRA"
 
 

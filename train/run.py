@@ -193,9 +193,11 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
 
 def _loss_rows(evaluation: list[dict]) -> Dataset:
     """Evaluation rows as TRL takes them, for `train.eval_strategy`."""
-    rows = [(row["input_ids"], row.get("prompt_length", 0)) for row in evaluation]
-    masks = [[0] * prompt + [1] * (len(ids) - prompt) for ids, prompt in rows]
-    return Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "completion_mask": masks})
+    masks = []
+    for row in evaluation:
+        prompt = row.get("prompt_length", 0)
+        masks.append(row.get("trained") or [False] * prompt + [True] * (len(row["input_ids"]) - prompt))
+    return Dataset.from_dict({"input_ids": [row["input_ids"] for row in evaluation], "completion_mask": masks})
 
 
 def _tokens(rows: Dataset) -> int:

@@ -56,7 +56,7 @@ For the length of the call the model runs with the settings of this adapter. Arg
 MEASURED = {
     "qa": "F1 and exact match of greedy answers to held-out questions.",
     "retrieval": "The share of a hidden code's symbols that a greedy answer repeats in place, on held-out rows.",
-    "loss": "The loss on held-out text.",
+    "loss": "The loss on held-out text; of chats on the last answers.",
 }
 
 NOT_MEASURED = (
@@ -168,6 +168,8 @@ def _sample(settings: RunSettings, source: str) -> dict[str, str]:
     if data.kind == "qa":
         prompt = data.prompt_template.replace("{context}", "The river was found by Anna.\n\nBen stayed at home.")
         prompt = prompt.replace("{question}", "Who found the river?")
+    elif data.kind == "chat":
+        prompt = "The river was found by Anna. Ben stayed at home. Who found the river?"
     elif data.kind == "synthetic":
         prompt = "code amber 4 8 2 . again air all along code amber"
     source, prompt = (json.dumps(text, ensure_ascii=False) for text in (source, prompt))

@@ -29,7 +29,7 @@ class ObjectiveSettings(Section):
         1.0,
         ge=0,
         description="Weight of the cross-entropy on the trained tokens: the answers of "
-        "qa and synthetic rows, all tokens of text.",
+        "qa, chat and synthetic rows, all tokens of text.",
     )
     distillation: float = Field(
         0.0, ge=0, description="Weight of KL(teacher || student) on the trained tokens; the teacher is the base model "

@@ -69,7 +69,7 @@ def test_a_run_without_evaluation_says_so(tiny_run):
     assert "model-index" not in card.data.to_dict()
 
 
-@pytest.mark.parametrize("config", ["qa.yaml", "text.yaml", "quickstart.yaml"])
+@pytest.mark.parametrize("config", ["qa.yaml", "chat.yaml", "text.yaml", "quickstart.yaml"])
 def test_code_samples_ask_as_the_training_rows_do(config, tmp_path):
     template = 'Say "{question}" of:\n\n{context}\n\nAnswer:'
     settings = settings_of(config, f"data.prompt_template={json.dumps(template)}")

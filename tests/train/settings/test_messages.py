@@ -46,7 +46,7 @@ BROKEN = {
     ),
     "wrong choice": (
         ("kind: qa", "kind: tekst"),
-        "run.yaml:10 data.kind must be one of qa, text, synthetic, got 'tekst'; did you mean text?",
+        "run.yaml:10 data.kind must be one of qa, chat, text, synthetic, got 'tekst'; did you mean text?",
     ),
     "missing key": (
         ("  name_or_path: gpt2", "  revision: main"),
