@@ -33,7 +33,8 @@ class LRSACache(Cache):
     """A compressed KV cache: `model.generate(**inputs, past_key_values=LRSACache(config))`.
 
     The model must run the attention "lrsa" (`lrsa.apply_lrsa`). Use a new cache for every batch of prompts; a
-    conversation goes on over its own. Layers with a sliding window keep their window instead.
+    conversation goes on over its own: pass all of it, beginning with the very tokens that the cache has seen. Layers
+    with a sliding window keep their window instead.
 
     Args:
         config: the settings that the model was trained with, from its `lrsa_config.json`.
@@ -51,11 +52,22 @@ class LRSACache(Cache):
         if prefill not in ("sparse", "dense"):
             raise ValueError(f"prefill must be 'sparse' or 'dense', got {prefill!r}.")
         self.config, self.prefill = config, prefill
-        self._announced: int | None = None  # the layer whose tokens wait for their attention
         super().__init__(layers=[])
+        self._begin()
+
+    def _begin(self) -> None:
+        self._announced: int | None = None  # the layer whose tokens wait for their attention
+        self.ids: torch.Tensor | None = None  # the tokens seen, `[B, tokens]`, as far as `generate` has told them
+        self.is_reordered = False  # by beam search
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Announce new keys and values; `attend`, which the attention "lrsa" calls next, takes them in."""
+        if self._announced is not None and layer_idx <= self._announced:
+            raise ValueError(
+                f"the forward before over this LRSACache was broken off in layer {self._announced}: start with a new "
+                "LRSACache. Without an error before, the model's attention is not 'lrsa': call "
+                "lrsa.apply_lrsa(model, config) first."
+            )
         if self._announced is not None:
             raise ValueError(
                 "LRSACache was given to a model whose attention is not 'lrsa', so nothing would be compressed: call "
@@ -83,7 +95,16 @@ class LRSACache(Cache):
         self._announced = None
         if layer_idx >= len(self.layers):
             self._put(layer_idx, self._new_layer(layer_idx, window, "expand" in kwargs))
-        return self.layers[layer_idx].attend(*args, **kwargs)
+        layer, first = self.layers[layer_idx], self._first()
+        if layer is not first and layer.columns + args[0].shape[2] != first.columns:
+            raise ValueError(
+                f"layer {layer_idx} of this LRSACache has seen {layer.columns} tokens and the layers before it "
+                f"{first.columns}: a forward over it was broken off. Start with a new LRSACache."
+            )
+        return layer.attend(*args, **kwargs)
+
+    def _first(self) -> RowsLayer | None:
+        return next((layer for layer in self.layers if isinstance(layer, RowsLayer)), None)
 
     def attend_again(self, layer_idx: int, window: int | None, *args, **kwargs) -> torch.Tensor:
         """Attention of a layer that has no keys of its own, over those that layer `layer_idx` has just stored."""
@@ -94,13 +115,13 @@ class LRSACache(Cache):
         return SlidingLayer(window) if window else kind(self.config.for_layer(layer_idx), self.prefill)
 
     def reset(self) -> None:
-        self._announced = None
+        self._begin()
         super().reset()
 
     def activate_past_recording(self) -> None:
         raise ValueError(
             "assisted decoding takes tokens back, and an LRSACache has dropped what they displaced: call generate "
-            "without assistant_model and prompt_lookup_num_tokens."
+            "without assistant_model, assistant_early_exit, prompt_lookup_num_tokens and use_mtp."
         )
 
     def rows(self, indices: Sequence[int]) -> LRSACache:
@@ -110,12 +131,21 @@ class LRSACache(Cache):
         part.batch_select_indices(torch.tensor(indices))
         return part
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.ids = None
+        super().batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.ids = None
+        super().reorder_cache(beam_idx)
+
     def append_rows(self, other: LRSACache) -> None:
         """Take in the rows of another cache, behind the own ones.
 
         Rows are independent of each other, so those of one batch may have seen any number of tokens. Give the model
         `position_ids` then, each row's own: it would count from the longest.
         """
+        self.ids = None
         for layer, more in zip(self.layers, other.layers, strict=True):
             if isinstance(layer, LinearAttentionLayer):
                 raise ValueError("rows of caches with recurrent states cannot be put together: use a cache for each.")

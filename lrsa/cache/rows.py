@@ -28,6 +28,7 @@ class RowsLayer(CacheLayerMixin):
         keys, values: buffers `[B, G, capacity, D]`; of row `b` the first `held()[b]` tokens are in use.
         seen: real tokens of each row so far; all else about a row follows from it.
         columns: tokens so far including padding, which is how transformers counts.
+        next: position of each row's next token, `[B]`, 0 before its first; in the layer that follows positions.
     """
 
     is_croppable = False
@@ -43,6 +44,7 @@ class RowsLayer(CacheLayerMixin):
         self.is_initialized = False
         self.columns = 0
         self.seen: list[int] = []
+        self.next: torch.Tensor | None = None
 
     @abstractmethod
     def length(self, seen: int) -> int:
@@ -64,6 +66,7 @@ class RowsLayer(CacheLayerMixin):
         sinks: torch.Tensor | None = None,
         impl: str = "auto",
         shared: bool = False,
+        follow: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of the new tokens over what is held and themselves; then store them and drop what the rule drops.
 
@@ -74,15 +77,21 @@ class RowsLayer(CacheLayerMixin):
             scale, softcap, sinks, impl: as `lrsa_attention` takes them; a single new token is always one small dense
                 attention.
             shared: other layers will call `attend_again`.
+            follow: positions, `[B or 1, T]`, that must go on where those given before ended.
 
         Returns:
             `[B, H, T, Dv]`, 0 at padding.
+
+        Raises:
+            ValueError: when the rows are others, positions jump, or a row holds several documents.
         """
         if self.is_initialized and len(self.seen) != query.shape[0]:
             raise ValueError(
                 f"this LRSACache holds a batch of {len(self.seen)}, got {query.shape[0]} rows: "
                 "use a new LRSACache for every batch of prompts."
             )
+        if follow is not None:
+            self._follow(follow.expand(len(query), -1), attention_mask)
         self._before = None  # not part of the copy: each would hold the one before it
         if shared:
             self._before = copy.copy(self)
@@ -94,6 +103,7 @@ class RowsLayer(CacheLayerMixin):
         elif tokens == 1:
             out = self._decode(query, key, value, new, softmax)
         else:
+            _refuse_packing(attention_mask, position_ids, new, tokens)
             out = self._extend(query, key, value, attention_mask, new, softmax, impl)
         self.columns += tokens
         return out
@@ -104,11 +114,28 @@ class RowsLayer(CacheLayerMixin):
         reader._drop = lambda before: None
         return reader.attend(*args, **kwargs)
 
+    def _follow(self, position: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Check the positions of the new tokens against those before, and note where they end."""
+        real = torch.ones_like(position, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        last = torch.where(real, position, -1).amax(1) + 1
+        if any(self.seen) and self.next is not None:
+            first = position.gather(1, real.int().argmax(1, keepdim=True))
+            expected = torch.where(self.next[:, None] > 0, self.next[:, None], first) + real.cumsum(1) - 1
+            jumps = real & (position != expected)
+            if jumps.any():
+                row, column = jumps.nonzero()[0].tolist()
+                raise ValueError(
+                    f"position_ids jump: row {row} of this LRSACache goes on at {int(expected[row, column])}, got "
+                    f"{int(position[row, column])}. Positions count the real tokens of one document: generate does so, "
+                    "with padding on the left and an attention_mask over all tokens. For another prompt use a new "
+                    "LRSACache."
+                )
+            last = torch.where(real.any(1), last, self.next)
+        self.next = last
+
     def _first(self, query, key, value, attention_mask, position_ids, new: list[int], softmax, impl) -> torch.Tensor:
         """The first tokens of every row."""
-        documents = find_documents(attention_mask, position_ids, (len(new), query.shape[2]))
-        if sum(group.shape[0] for group in documents) > len(new):
-            raise ValueError("an LRSACache row holds one document, got packed rows: give each a row of its own.")
+        _refuse_packing(attention_mask, position_ids, new, query.shape[2])
         options = vars(softmax) | {"position_ids": position_ids, "attention_mask": attention_mask}
         out = self._attend_whole(query, key, value, impl, **options)
         if attention_mask is not None:
@@ -216,6 +243,7 @@ class RowsLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values = (x[indices.to(x.device)] for x in (self.keys, self.values))
             self.seen = [self.seen[index] for index in indices.tolist()]
+            self.next = None if self.next is None else self.next[indices.to(self.next.device)]
 
     def append_rows(self, other: RowsLayer) -> None:
         """Take in the rows of another layer of the same kind, behind the own ones."""
@@ -225,6 +253,7 @@ class RowsLayer(CacheLayerMixin):
             for pair in ((self.keys, other.keys), (self.values, other.values))
         )
         self.seen = [*self.seen, *other.seen]
+        self.next = None if self.next is None or other.next is None else torch.cat([self.next, other.next])
         self.columns = max(self.columns, other.columns)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -249,6 +278,12 @@ def _copied(numbers: tuple[int, ...], device: torch.device, inference: bool) -> 
 def _first_of(held: tuple[int, ...], device: torch.device, inference: bool) -> torch.Tensor:
     """Mask `[B, 1, 1, longest]` of the first `held[b]` places of every row."""
     return (torch.arange(max(held), device=device) < on_device(held, device)[:, None])[:, None, None]
+
+
+def _refuse_packing(attention_mask, position_ids, new: list[int], tokens: int) -> None:
+    documents = find_documents(attention_mask, position_ids, (len(new), tokens))
+    if sum(group.shape[0] for group in documents) > len(new):
+        raise ValueError("an LRSACache row holds one document, got packed rows: give each a row of its own.")
 
 
 def _left_aligned(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

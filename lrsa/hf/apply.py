@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 
 from transformers import PreTrainedModel
 
@@ -10,6 +11,7 @@ from lrsa.attention import check_impl
 from lrsa.config import LRSAConfig
 from lrsa.hf import mask  # noqa: F401  registers the mask function
 from lrsa.hf.attention import NAME
+from lrsa.hf.generation import generate
 from lrsa.hf.layers import attends, sliding_windows
 from lrsa.hf.support import attention_modules, check_model, text_config
 
@@ -46,6 +48,7 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig, impl: str = "auto") -
     set_config(base, config)
     for module in attention_modules(base):
         module.lrsa_impl = impl
+    base.generate = types.MethodType(generate, base)
     generation = getattr(base, "generation_config", None)
     if generation is not None and generation.use_cache is False:  # stored with some models; a cache would be ignored
         generation.use_cache = base._generation_without_cache = True
@@ -73,6 +76,7 @@ def remove_lrsa(model: PreTrainedModel) -> PreTrainedModel:
     for config in (base.config, text_config(base)):
         if hasattr(config, NAME):
             del config.lrsa
+    base.__dict__.pop("generate", None)
     for module in base.modules():
         module.__dict__.pop("lrsa_impl", None)
     if base.__dict__.pop("_generation_without_cache", False):

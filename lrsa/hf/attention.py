@@ -41,6 +41,7 @@ def lrsa_attention_forward(
         module.lrsa_impl = "auto"
     _refuse(module, attention_mask, dropout, kwargs)
     tokens, shares = query.shape[2], getattr(module, "is_kv_shared_layer", False)
+    follow = position_ids if position_ids is not None and position_ids.dim() == 2 else None
     attention_mask, position_ids = _documents(attention_mask, position_ids)
     if is_recurrent(module.config):
         _refuse_packing(module, query, attention_mask, position_ids)
@@ -62,6 +63,7 @@ def lrsa_attention_forward(
         _compare(cache.config, config_of(module))
         attend = cache.attend_again if shares else cache.attend
         options["shared"] = getattr(module, "store_full_length_kv", False)
+        options["follow"] = follow if module.layer_idx == first_attention(module.config) else None
         out = attend(layer, window, query, key, value, impl=impl, **options)
     elif query.shape[2] != key.shape[2]:
         raise ValueError(

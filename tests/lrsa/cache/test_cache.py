@@ -222,8 +222,8 @@ def test_decoding_copies_positions_once_per_step(random_llama):
     _, cache = over_cache(model, ids, [40], CONFIG, mask)
     rows._copied.cache_clear()
     with HostCopies() as copies, torch.no_grad():
-        for _ in range(16):
-            model(ids[:, :1], **{CACHE_ARGUMENT: cache})
+        for step in range(16):
+            model(ids[:, :1], position_ids=mask.sum(1, keepdim=True) + step, **{CACHE_ARGUMENT: cache})
     assert 16 < copies.count <= 16 * 3 + 6 * 2  # six windows were cut, for which two more are needed
     assert cache.layers[0].held() == [CONFIG.kept_length(length + 16) for length in (40, 33, 20)]
 
@@ -235,7 +235,7 @@ def test_decoding_with_gradients_behind_inference(random_llama):
     for mode in (torch.inference_mode(), torch.enable_grad()):
         _, cache = over_cache(model, ids, [40], CONFIG, mask)
         with mode:
-            logits = model(ids[:, :1], **{CACHE_ARGUMENT: cache}).logits
+            logits = model(ids[:, :1], position_ids=mask.sum(1, keepdim=True), **{CACHE_ARGUMENT: cache}).logits
     logits.sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
