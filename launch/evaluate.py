@@ -1,13 +1,16 @@
-"""Evaluate a finished run again, or any adapter: base and adapter, with the full cache and with compressed ones.
+"""Evaluate a finished run again, any adapter, or any model: with the full cache and with compressed ones.
 
   python launch/evaluate.py --run runs/qa
   python launch/evaluate.py --run runs/qa --keep-ratios 1/2,1/8,1/16 --rows 500 --out runs/qa/more-ratios
   python launch/evaluate.py --adapter user/adapter-on-the-hub --config qa.yaml
+  python launch/evaluate.py --model user/model-on-the-hub --config qa.yaml --lags 64,128 --layers
 
 Base model and data come from the run's config.yaml, or from --config; the compression always from the lrsa_config.json
 beside the adapter, with top_k changed for each keep ratio (top_k / lag_size). A control (eval.control) is measured too.
+--model measures a model without an adapter, before any training: what each keep ratio costs it under the config's
+lrsa section, for other lags and other choices of tokens too, and which layers to keep whole (--layers).
 Writes report.md, results.json and pictures into --out, by default into the run's directory, where they replace the
-earlier ones (and its model card).
+earlier ones (and its model card). eval.metric=loss only reads the right answers, which takes the shortest time.
 """
 
 from __future__ import annotations
@@ -30,16 +33,27 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="DIR", help="directory of a finished run")
     what.add_argument("--adapter", metavar="DIR_OR_HUB_ID", help="an adapter trained with lrsa; needs --config")
-    parser.add_argument("--config", help="base model and data for --adapter; also looked up in configs/")
+    what.add_argument("--model", metavar="DIR_OR_HUB_ID", help="a model without an adapter; needs --config")
+    parser.add_argument("--config", help="data for --model, and base model for --adapter; also looked up in configs/")
+    parser.add_argument("--lags", type=_list(int), metavar="L,L,...", help="with --model: other values of lag_size")
     parser.add_argument(
-        "--keep-ratios", type=_ratios, metavar="R,R,...", help="instead of eval.keep_ratios, as 1/2,0.25"
+        "--scores", type=_list(str), metavar="S,S,...", help="with --model: of lag_relative,recent,random; default all"
+    )
+    parser.add_argument("--layers", action="store_true", help="with --model: choose the layers to keep whole")
+    parser.add_argument(
+        "--keep-ratios",
+        type=_list(lambda part: float(Fraction(part))),
+        metavar="R,R,...",
+        help="instead of eval.keep_ratios, as 1/2,0.25",
     )
     parser.add_argument("--rows", type=int, help="maximum number of evaluation rows")
     parser.add_argument("--batch-size", type=int, help="rows per batch")
     parser.add_argument("--out", metavar="DIR", help="where the report goes")
     options = parser.parse_args()
-    if options.adapter and not options.config:
-        parser.error("--adapter needs --config, which names its base model and the data")
+    if not options.run and not options.config:
+        parser.error("--adapter and --model need --config, which names the data")
+    if not options.model and (options.lags or options.scores or options.layers):
+        parser.error("--lags, --scores and --layers are for --model")
     return 0 if environment.rank() else explain(lambda: evaluate(options))
 
 
@@ -47,7 +61,8 @@ def evaluate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import data
-    from train.evaluation import evaluate_run
+    from lrsa.evaluation.measure.controls import SCORES
+    from train.evaluation import evaluate_model, evaluate_run
     from train.model import load_tokenizer
     from train.publish.model_card import save_model_card
     from train.resume.run_directory import changed_rows, config_of_run
@@ -58,9 +73,14 @@ def evaluate(options: argparse.Namespace) -> None:
     overrides = [f"eval.{name}={value}" for name, value in given.items() if value is not None]
     # Nothing is trained: the training machine's DeepSpeed file may be missing on this one.
     overrides = ["train.deepspeed=null", *options.set, *overrides]
+    overrides += [f"model.name_or_path={options.model}"] if options.model else []
     settings = with_defaults(load_settings(options.config or config_of_run(options.run), overrides))
     tokenizer = load_tokenizer(settings.model)
     corpus = data.load(settings.data, tokenizer, settings.train.seed, settings.lrsa.dense_length)
+    if options.model:
+        out = Path(options.out or Path("runs") / f"{Path(options.model).name}-untuned")
+        chosen = {"lags": options.lags or (), "scores": options.scores or tuple(SCORES), "layers": options.layers}
+        return evaluate_model(settings, tokenizer, corpus.evaluation, Console(), out, **chosen)
     adapter = options.run or options.adapter
     out = Path(options.out) if options.out else Path(adapter) if Path(adapter).is_dir() else Path("runs") / adapter
     if options.run and (changed := changed_rows(Path(options.run), corpus.report)):
@@ -72,11 +92,17 @@ def evaluate(options: argparse.Namespace) -> None:
         save_model_card(settings, out, results)
 
 
-def _ratios(text: str) -> list[float]:
-    try:
-        return [float(Fraction(part)) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"write numbers separated by commas, such as 1/2,0.25, not {text!r}") from None
+def _list(kind):
+    """A parser of values separated by commas."""
+
+    def parse(text: str) -> list:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except (ValueError, ZeroDivisionError):
+            text = f"write values separated by commas, such as 1/2,0.25 or 64,128, not {text!r}"
+            raise argparse.ArgumentTypeError(text) from None
+
+    return parse
 
 
 if __name__ == "__main__":

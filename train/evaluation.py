@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lrsa import LRSAConfig
 from lrsa.evaluation import Results, Variant, compare, draw_training, print_report, save_report
+from lrsa.evaluation.layers import choose_layers, save_layers
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
+from lrsa.evaluation.study import save_study, study, summary
 from lrsa.loading import refuse_pickle
 from train.adapter import ADAPTER_NAME
 from train.failures import RunFailed, first_line, is_out_of_memory
@@ -50,26 +54,11 @@ def evaluate_run(
         console.print("No evaluation: data.eval_rows is 0, or there were no rows to hold out")
         return None
     lrsa, models = load_variants(settings, adapter)
-    try:
+    with _reported(f"The adapter is saved; evaluate it with launch/evaluate.py --run {adapter} --batch-size 1"):
         results = compare(
-            models,
-            tokenizer,
-            rows[: settings.eval.rows],
-            TASKS[settings.data.kind],
-            lrsa,
-            settings.eval.keep_ratios,
-            batch_size=settings.eval.batch_size,
-            max_new_tokens=settings.eval.max_new_tokens,
-            seed=settings.train.seed,
-            progress=not settings.train.disable_tqdm,
-        )
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunFailed(
-            f"Out of memory in the evaluation: {first_line(error)}. The adapter is saved; evaluate it with "
-            f"launch/evaluate.py --run {adapter} --batch-size 1"
-        ) from error
+            models, tokenizer, rows[: settings.eval.rows], TASKS[settings.data.kind], lrsa, settings.eval.keep_ratios,
+            max_new_tokens=settings.eval.max_new_tokens, metric=settings.eval.metric, **_options(settings),
+        )  # fmt: skip
     out = Path(adapter) if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     save_training_losses(Path(adapter), out)
@@ -77,6 +66,67 @@ def evaluate_run(
     print_report(results, console)
     console.print(f"report: {out / 'report.md'}")
     return results
+
+
+def evaluate_model(
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    console: Console,
+    out: Path,
+    *,
+    lags: Sequence[int] = (),
+    scores: Sequence[str],
+    layers: bool = False,
+) -> None:
+    """What compression costs the base model on the run's rows, before any training; prints it and writes the report.
+
+    Args:
+        lags, scores: as `study` takes them.
+        layers: also choose the layers to keep whole (`choose_layers`).
+
+    Raises:
+        SettingsError: when a lag, a score or the rows cannot be used.
+        RunFailed: when a batch does not fit the memory.
+    """
+    model, rows = _on_device(settings, load_model(settings.model)).eval(), rows[: settings.eval.rows]
+    with _reported("Lower eval.batch_size."):
+        results = study(
+            model, tokenizer, rows, TASKS[settings.data.kind], settings.lrsa, settings.eval.keep_ratios, lags=lags,
+            scores=scores, max_new_tokens=settings.eval.max_new_tokens, metric=settings.eval.metric,
+            **_options(settings),
+        )  # fmt: skip
+        save_study(results, out)
+        print_report(results, console)
+        console.print(summary(results).replace("**", ""), soft_wrap=True, markup=False)
+        if layers:
+            choice = choose_layers(model, rows, settings.lrsa, **_options(settings))
+            save_layers(choice, out)
+            console.print(choice.summary().replace("**", ""), soft_wrap=True, markup=False)
+            console.print(f"layers: {out / 'layers.md'}")
+    console.print(f"report: {out / 'report.md'}")
+
+
+@contextmanager
+def _reported(advice: str) -> Iterator[None]:
+    """What cannot be measured as a message to the person who asked; `advice` follows on memory that is too small."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingsError([Problem("", "evaluation", str(error))]) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(f"Out of memory in the evaluation: {first_line(error)}. {advice}") from error
+
+
+def _options(settings: RunSettings) -> dict:
+    progress = not settings.train.disable_tqdm
+    return {"batch_size": settings.eval.batch_size, "seed": settings.train.seed, "progress": progress}
+
+
+def _on_device(settings: RunSettings, model):
+    return model.to("cuda" if torch.cuda.is_available() and not settings.train.use_cpu else "cpu")
 
 
 def save_training_losses(run: Path, out: Path) -> None:
@@ -88,8 +138,7 @@ def save_training_losses(run: Path, out: Path) -> None:
 def load_variants(settings: RunSettings, adapter: str | Path) -> tuple[LRSAConfig, dict[str, Variant]]:
     """The adapter's compression, and base, control and adapter as variants of one model: weights are loaded once."""
     control = Path(adapter) / "control"
-    on_gpu = torch.cuda.is_available() and not settings.train.use_cpu
-    base = load_model(settings.model).to("cuda" if on_gpu else "cpu")
+    base = _on_device(settings, load_model(settings.model))
     try:
         refuse_pickle(Path(adapter))
         lrsa = LRSAConfig.from_pretrained(adapter)

@@ -3,7 +3,7 @@
 from lrsa.evaluation.comparison import compare
 from lrsa.evaluation.measure.cost import LayerCost, cache_cost, prefill_cost
 from lrsa.evaluation.measure.generation import generate_answers
-from lrsa.evaluation.measure.perplexity import evaluate_loss, perplexity_of
+from lrsa.evaluation.measure.perplexity import evaluate_loss, perplexity_of, teacher_forced
 from lrsa.evaluation.measure.question_answering import evaluate_question_answering
 from lrsa.evaluation.measure.retrieval import evaluate_retrieval
 from lrsa.evaluation.measure.state import Variant
@@ -31,4 +31,5 @@ __all__ = [
     "prefill_cost",
     "print_report",
     "save_report",
+    "teacher_forced",
 ]

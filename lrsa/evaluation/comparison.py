@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy
@@ -15,21 +17,23 @@ import transformers
 
 import lrsa
 from lrsa.config import LRSAConfig
-from lrsa.evaluation.extra import extra
-from lrsa.evaluation.measure.cost import LayerCost, prefill_cost
+from lrsa.evaluation.measure.cost import LayerCost, kept_share, prefill_cost
 from lrsa.evaluation.measure.generation import check_rows, generate_answers, longest_answer
 from lrsa.evaluation.measure.normal_forms import rules_of
-from lrsa.evaluation.measure.perplexity import evaluate_loss, perplexity_of
+from lrsa.evaluation.measure.perplexity import perplexity_of, teacher_forced
 from lrsa.evaluation.measure.question_answering import score_question_answering
 from lrsa.evaluation.measure.retrieval import score_retrieval
 from lrsa.evaluation.measure.state import Variant, causal_lm, with_adapter, with_attention
+from lrsa.evaluation.progress import Progress
 from lrsa.evaluation.results import Cell, Results, Setting
+from lrsa.evaluation.score import Score
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 TASKS = ("retrieval", "qa", "loss")
+METRICS = ("generation", "loss", "both")
 
 
 def compare(
@@ -40,6 +44,7 @@ def compare(
     config: LRSAConfig,
     keep_ratios: Sequence[float] = (0.5, 0.25, 0.125),
     *,
+    metric: Literal["generation", "loss", "both"] = "both",
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     seed: int = 0,
@@ -50,16 +55,19 @@ def compare(
     Args:
         models: name -> model. A model is measured as it stands; `Variant(peft_model, "adapter name")` switches an
             adapter on first and `Variant(peft_model, None)` all of them off, so that many models share one set of
-            weights. Reports compare the last model with the others.
+            weights; `Variant(model, adapter, config)` also has a lag or a choice of tokens of its own. Reports compare
+            the last model with the others.
         tokenizer: decodes answers; not used for `"loss"`, where it may be `None`.
         rows: as `generate_answers` takes them, or `evaluate_loss` for `"loss"`.
-        task: `"retrieval"` and `"qa"` generate answers; `"loss"` reads documents.
+        task: `"retrieval"` and `"qa"` have answers; `"loss"` reads documents.
         config: the settings of the training; its own keep ratio is always measured too.
         keep_ratios: shares of a window's tokens to keep, above 0 and at most 1; `top_k` is the nearest whole number.
             What amounts to 1 is left out, being the full cache.
+        metric: whether answers are generated and scored, or read as they should be (loss and token accuracy, many times
+            faster), or both. Documents are only read.
         batch_size, max_new_tokens: as `generate_answers` and `evaluate_loss` take them.
         seed: of the bootstrap; generation is greedy and needs none.
-        progress: show a progress bar, on a terminal.
+        progress: print rows done, time left and the score so far on standard error.
 
     Returns:
         `Results`, with `.score(model, setting)` and `.difference(a, b, setting)`; `print_report` and `save_report` of
@@ -67,50 +75,91 @@ def compare(
 
     Raises:
         ValueError: when task, ratios, rows or models cannot be used; said before anything is run.
-        ImportError: when a progress bar is wanted and the extra `lrsa[evaluation]` is not installed.
     """
-    tqdm = extra("tqdm.auto").tqdm if progress else None
-    _check(models, tokenizer, rows, task)
-    if task != "loss" and max_new_tokens is None:
-        max_new_tokens = longest_answer(tokenizer, rows)
+    _check(models, tokenizer, rows, task, metric)
+    work = _Work(task, metric, tokenizer, rows, batch_size, max_new_tokens, seed)
     first = next(iter(models.values()))
     read = [row["input_ids"] if task == "loss" else row["input_ids"][: row["prompt_length"]] for row in rows]
+    lengths = list(map(len, read))
     settings = [Setting(setting, _cost(first, setting, read)) for setting in _settings(config, keep_ratios)]
-    expected = None if task == "loss" else [row["answers"] for row in rows]
-    details = _details(first, task, batch_size, max_new_tokens, seed, expected)
-    cells: dict[str, dict[str, Cell]] = {name: {} for name in models}
-    total = len(models) * len(settings) * len(rows)
-    with tqdm(total=total, unit="row", disable=None) if progress else nullcontext() as bar:  # None: off a terminal
-        for name, model in models.items():
-            for setting in settings:
-                if bar is not None:
-                    bar.set_description(f"evaluating {name}, {setting.name}")
-                start = time.perf_counter()
-                with _adapter(model), with_attention(_plain(model), setting.config):
-                    scores, answers = _measure(
-                        task, _plain(model), tokenizer, rows, batch_size, max_new_tokens, bar and bar.update, seed
-                    )
-                cells[name][setting.name] = Cell(scores, answers, time.perf_counter() - start)
-    return Results(task, config, settings, _describe(read, config), details, cells, expected)
+    jobs = {(name, setting.name): _job(models[name], setting) for name in models for setting in settings}
+    bar = Progress(len(set(jobs.values())) * len(work.passes) * len(rows), silent=not progress)
+    done: dict[tuple, Cell] = {}
+    for (name, setting), job in jobs.items():  # the full cache is the same whatever would be kept of it
+        if job not in done:
+            model, start = models[name], time.perf_counter()
+            with _adapter(model), with_attention(_plain(model), job[-1]):
+                scores, answers = work.measure(_plain(model), bar, f"{name}, {setting}")
+            done[job] = Cell(scores, answers, time.perf_counter() - start, kept_share(_plain(model), job[-1], lengths))
+    cells = {name: {setting.name: done[jobs[name, setting.name]] for setting in settings} for name in models}
+    expected = [row["answers"] for row in rows] if "generation" in work.passes else None
+    return Results(task, config, settings, _describe(read, config), _details(models, work), cells, expected)
 
 
-def _measure(task, model, tokenizer, rows, batch_size, max_new_tokens, progress, seed):
-    """Scores by metric, the headline first, and the generated answers."""
-    if task == "loss":
-        loss = evaluate_loss(model, rows, batch_size=batch_size, progress=progress, seed=seed)
-        return {"loss": loss, "perplexity": perplexity_of(loss)}, None
-    answers = generate_answers(
-        model, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
-    )
-    if task == "retrieval":
-        return {"accuracy": score_retrieval(answers, rows, seed)}, answers
-    return score_question_answering(answers, rows, seed), answers
+@dataclass(frozen=True)
+class _Work:
+    """What is measured on every model at every setting."""
+
+    task: str
+    metric: str
+    tokenizer: object
+    rows: Sequence[dict]
+    batch_size: int
+    max_new_tokens: int | None
+    seed: int
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """`"generation"`, `"loss"`, or both."""
+        metric = "loss" if self.task == "loss" else self.metric
+        return ("generation", "loss") if metric == "both" else (metric,)
+
+    @cached_property
+    def most_tokens(self) -> int | None:
+        """Length of generated answers."""
+        if "generation" not in self.passes:
+            return None
+        return longest_answer(self.tokenizer, self.rows) if self.max_new_tokens is None else self.max_new_tokens
+
+    def measure(self, model, bar: Progress, name: str) -> tuple[dict[str, Score], list[str] | None]:
+        """Scores by metric, the headline first, and the generated answers."""
+        scores, answers, options = {}, None, {"batch_size": self.batch_size}
+        if "generation" in self.passes:
+            bar.begin(name, "accuracy" if self.task == "retrieval" else "F1")
+
+            def tell(batch: list[int], found: list[str]) -> None:
+                bar.add(next(iter(self._scores(found, [self.rows[i] for i in batch]).values())).per_row)
+
+            options |= {"max_new_tokens": self.most_tokens, "progress": tell}
+            answers = generate_answers(model, self.tokenizer, self.rows, **options)
+            scores = self._scores(answers, self.rows)
+        if "loss" in self.passes:
+            bar.begin(name, "loss")
+            options = {"batch_size": self.batch_size, "progress": lambda _, losses: bar.add(losses)}
+            scores |= teacher_forced(model, self.rows, seed=self.seed, **options)
+        if self.task == "loss":
+            scores["perplexity"] = perplexity_of(scores["loss"])
+        return scores, answers
+
+    def _scores(self, answers: Sequence[str], rows: Sequence[dict]) -> dict[str, Score]:
+        if self.task == "retrieval":
+            return {"accuracy": score_retrieval(answers, rows, self.seed)}
+        return score_question_answering(answers, rows, self.seed)
 
 
 def _settings(config: LRSAConfig, keep_ratios: Sequence[float]) -> list[LRSAConfig | None]:
     """The full cache, then the trained and the given keep ratios, falling."""
     found = {config.top_k: config} | {c.top_k: c for c in map(config.with_keep_ratio, keep_ratios)}
     return [None, *(found[top_k] for top_k in sorted(found, reverse=True) if top_k < config.lag_size)]
+
+
+def _job(model, setting: Setting) -> tuple:
+    """Model, adapter and the settings they are measured with."""
+    adapter, own = (model.adapter, model.config) if isinstance(model, Variant) else (None, None)
+    config = setting.config
+    if config is not None and own is not None:
+        config = own.with_keep_ratio(config.keep_ratio)
+    return id(_plain(model)), isinstance(model, Variant), adapter, config
 
 
 def _cost(model, setting: LRSAConfig | None, read: list[list[int]]) -> list[LayerCost]:
@@ -137,29 +186,33 @@ def _describe(read: list[list[int]], config: LRSAConfig) -> dict:
     }  # fmt: skip
 
 
-def _details(model, task: str, batch_size: int, max_new_tokens: int | None, seed: int, expected) -> dict:
-    lm = causal_lm(_plain(model))
+def _details(models: dict, work: _Work) -> dict:
+    lm = causal_lm(_plain(next(iter(models.values()))))
     versions = {
         "lrsa": lrsa.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
         "numpy": numpy.__version__, "python": platform.python_version(),
     }  # fmt: skip
     device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else lm.device.type
-    rules = {"comparison": rules_of(answer for answers in expected for answer in answers)} if task == "qa" else {}
-    return rules | {
-        "decoding": None if task == "loss" else "greedy", "batch_size": batch_size, "max_new_tokens": max_new_tokens,
-        "seed": seed, "device": device, "dtype": str(lm.dtype).removeprefix("torch."), "versions": versions,
+    generates = "generation" in work.passes
+    answers = [answer for row in work.rows for answer in row["answers"]] if generates and work.task == "qa" else []
+    return ({"comparison": rules_of(answers)} if answers else {}) | {
+        "decoding": "greedy" if generates else None, "batch_size": work.batch_size, "max_new_tokens": work.most_tokens,
+        "seed": work.seed, "device": device, "dtype": str(lm.dtype).removeprefix("torch."), "versions": versions,
     }  # fmt: skip
 
 
-def _check(models, tokenizer, rows, task) -> None:
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
-    if task != "loss" and tokenizer is None:
+def _check(models, tokenizer, rows, task, metric) -> None:
+    for name, value, allowed in (("task", task, TASKS), ("metric", metric, METRICS)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+    if task != "loss" and metric != "loss" and tokenizer is None:
         raise ValueError(f"task {task!r} needs a tokenizer, to decode the answers.")
     if not models:
         raise ValueError("models is empty: give at least one model to evaluate.")
     for name, model in models.items():
-        known = list(model.model.peft_config) if isinstance(model, Variant) else []
+        known = list(getattr(model.model, "peft_config", ())) if isinstance(model, Variant) else []
         if isinstance(model, Variant) and model.adapter is not None and model.adapter not in known:
             raise ValueError(f"model {name!r} has no adapter {model.adapter!r}: it has {', '.join(known)}.")
     check_rows(rows, ("input_ids",) if task == "loss" else ("input_ids", "prompt_length", "answers"))
+    if task != "loss" and metric != "generation" and not all(len(r["input_ids"]) > r["prompt_length"] for r in rows):
+        raise ValueError('a row ends with its prompt: append its answer to input_ids, or set metric="generation".')

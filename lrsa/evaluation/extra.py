@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def extra(module: str) -> ModuleType:
-    """Import a module of matplotlib, rich or tqdm.
+    """Import a module of matplotlib or rich.
 
     Raises:
         ImportError: when it is not installed, with what to install.

@@ -47,11 +47,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model at one setting: scores by metric, generated answers in row order (`None` for loss), and wall time."""
+    """One model at one setting.
+
+    Attributes:
+        scores: by metric, the headline first.
+        answers: generated, in row order; `None` where none were.
+        seconds: wall time.
+        kept: share of the rows' tokens that the cache still holds when they have been read.
+    """
 
     scores: dict[str, Score]
     answers: list[str] | None
     seconds: float
+    kept: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Results:
         rows: number and lengths of the rows, and the share of them that is long enough to be compressed.
         details: batch size, seed, versions and the like.
         cells: model name -> setting name -> `Cell`.
-        expected: the correct answers of every row (`None` for loss).
+        expected: the correct answers of every row (`None` where none were generated).
     """
 
     task: str
@@ -75,6 +83,11 @@ class Results:
     details: dict
     cells: dict[str, dict[str, Cell]]
     expected: list[list[str]] | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the models were trained for compression; `study` measures one that was not."""
+        return self.details.get("trained", True)
 
     @property
     def models(self) -> list[str]:
@@ -115,11 +128,23 @@ class Results:
         scores = self.score(a, setting, metric), self.score(b, setting, metric)
         return paired_difference(*scores, seed=self.details["seed"])
 
+    @property
+    def compared(self) -> list[str]:
+        """The metrics that are drawn and of which models are compared: the headline, and the loss beside it."""
+        return list(dict.fromkeys((self.metrics[0], *({"loss"} & set(self.metrics)))))
+
     @cached_property
-    def differences(self) -> list[tuple[str, dict[str, Score]]]:
-        """The last model minus each other one, by setting: the last is the one that a report is about."""
+    def differences(self) -> dict[str, list[tuple[str, dict[str, Score]]]]:
+        """By metric: the last model, which a report is about, minus each other one, by setting."""
         *others, last = self.models
-        return [(other, {s.name: self.difference(last, other, s.name) for s in self.settings}) for other in others]
+        return {
+            metric: [
+                (other, {s.name: self.difference(last, other, s.name, metric) for s in self.settings})
+                for other in others
+            ]
+            for metric in self.compared
+            if others
+        }
 
     def to_dict(self) -> dict:
         """Everything as plain JSON values, the score of every row included."""
@@ -129,13 +154,15 @@ class Results:
         ]
         cells = [
             {"model": model, "setting": setting, "seconds": round(cell.seconds, 3),
-             "scores": {metric: score.to_dict() for metric, score in cell.scores.items()}, "answers": cell.answers}
+             "kept": cell.kept, "answers": cell.answers,
+             "scores": {metric: score.to_dict() for metric, score in cell.scores.items()}}
             for model, by_setting in self.cells.items()
             for setting, cell in by_setting.items()
         ]  # fmt: skip
         differences = [
-            {"model": self.models[-1], "minus": other, "setting": setting, "metric": self.metrics[0]} | score.to_dict()
-            for other, scores in self.differences
+            {"model": self.models[-1], "minus": other, "setting": setting, "metric": metric} | score.to_dict()
+            for metric, differences in self.differences.items()
+            for other, scores in differences
             for setting, score in scores.items()
         ]
         interval = {"confidence": CONFIDENCE, "method": "percentile bootstrap over rows", "resamples": RESAMPLES}
@@ -176,7 +203,8 @@ class Results:
         cells: dict[str, dict[str, Cell]] = {}
         for cell in values["cells"]:
             scores = {name: Score.from_dict(score) for name, score in cell["scores"].items()}
-            cells.setdefault(cell["model"], {})[cell["setting"]] = Cell(scores, cell["answers"], cell["seconds"])
+            found = Cell(scores, cell["answers"], cell["seconds"], cell["kept"])
+            cells.setdefault(cell["model"], {})[cell["setting"]] = found
         details = {name: value for name, value in values.items() if name not in NOT_DETAILS}
         config = LRSAConfig.from_dict(values["lrsa"])
         return cls(values["task"], config, settings, values["rows"], details, cells, values["expected"])

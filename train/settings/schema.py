@@ -95,6 +95,10 @@ class EvalSettings(Section):
         description="Keep ratios (top_k / lag_size) to evaluate, beside the full cache and that of lrsa.top_k.",
     )
     rows: int | None = Field(None, ge=1, description="Maximum number of evaluation rows; all when not set.")
+    metric: Literal["generation", "loss", "both"] = Field(
+        "both", description="generation: write answers and score them; loss: only read the right ones (answer loss and "
+        "token accuracy), many times faster; both. Not used by text, which is always read.",
+    )  # fmt: skip
     batch_size: int = Field(8, ge=1, description="Rows per batch.")
     max_new_tokens: int | None = Field(
         None,

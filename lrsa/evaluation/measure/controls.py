@@ -31,6 +31,7 @@ class Random(LRSAConfig):
 
 
 CONTROLS = {"recent": Recent, "random": Random}
+SCORES = {"lag_relative": LRSAConfig} | CONTROLS
 
 
 def _shape(keys: torch.Tensor, config: LRSAConfig) -> tuple[int, int, int, int]:

@@ -9,7 +9,9 @@ import torch
 from transformers import Cache, DynamicCache
 
 from lrsa.cache import CACHE_ARGUMENT, LRSACache
+from lrsa.config import LRSAConfig
 from lrsa.evaluation.measure.state import active_config, causal_lm, in_eval_mode
+from lrsa.hf import compressed_layers
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ def prefill_cost(model, input_ids: Sequence[int]) -> list[LayerCost]:
         ids = torch.tensor([list(input_ids)], device=lm.device)
         lm.base_model(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
     return cache_cost(cache)
+
+
+def kept_share(model, config: LRSAConfig | None, lengths: Sequence[int]) -> float:
+    """Share of the tokens of rows of these lengths that a cache holds when they have been read, over heads and layers.
+
+    It follows from the lengths alone. Layers that slide count as whole.
+    """
+    if config is None:
+        return 1.0
+    compressed = len(compressed_layers(model, config)) / causal_lm(model).config.get_text_config().num_hidden_layers
+    return 1 - compressed + compressed * sum(map(config.kept_length, lengths)) / sum(lengths)
 
 
 def _layer_cost(index: int, layer) -> LayerCost:

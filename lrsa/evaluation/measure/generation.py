@@ -19,7 +19,7 @@ def generate_answers(
     *,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[list[int], list], object] | None = None,
 ) -> list[str]:
     """The model's greedy continuation of every prompt, up to its end-of-text token, in row order.
 
@@ -33,7 +33,7 @@ def generate_answers(
             `input_ids[:prompt_length]`.
         batch_size: prompts per batch; padded on the left.
         max_new_tokens: most tokens of an answer; `None`: as many as the longest correct answer has, and one.
-        progress: called with the number of rows of every batch that is done (`tqdm.update` fits).
+        progress: called after every batch with its row numbers and their answers.
 
     Raises:
         ValueError: when rows lack a field, or a number is not positive.
@@ -55,7 +55,7 @@ def generate_answers(
             for i, new in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
                 answers[i] = tokenizer.decode(_before_end(new, greedy.eos_token_id), skip_special_tokens=True).strip()
             if progress is not None:
-                progress(len(batch))
+                progress(batch, [answers[i] for i in batch])
     return answers
 
 

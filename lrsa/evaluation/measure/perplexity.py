@@ -1,4 +1,4 @@
-"""Next-token loss of whole documents in one forward, without ever holding the logits of a whole document."""
+"""Next-token loss and accuracy in one forward, without ever holding the logits of a whole document."""
 
 from __future__ import annotations
 
@@ -22,38 +22,63 @@ def evaluate_loss(
     rows: Sequence[dict],
     *,
     batch_size: int = 8,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[list[int], list], object] | None = None,
     seed: int = 0,
 ) -> Score:
-    """Mean next-token loss in nats: the mean over a row's tokens, then over rows.
+    """Mean next-token loss in nats: the mean over a row's tokens, then over rows; args and errors: `teacher_forced`."""
+    return teacher_forced(model, rows, batch_size=batch_size, progress=progress, seed=seed)["loss"]
 
-    One forward per batch; under `apply_lrsa` it gives the loss that chunk-by-chunk prefill over an `LRSACache` gives.
-    Memory grows linearly with row length: logits are made and dropped piece by piece.
+
+def teacher_forced(
+    model,
+    rows: Sequence[dict],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[list[int], list], object] | None = None,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """`"loss"`, nats per token, and `"token_accuracy"`, the share of tokens that had the largest logit, while the model
+    reads the right tokens: the mean over a row's tokens, then over rows.
+
+    They tell models apart on far fewer rows than generated answers. One forward per batch; under `apply_lrsa` it gives
+    what chunk-by-chunk prefill over an `LRSACache` gives. Memory grows linearly with row length.
 
     Args:
         model: a transformers causal LM or a PEFT model, in the state that shall be measured.
         rows: each `{"input_ids": [...]}` of at least 2 tokens; with `"prompt_length"` the prompt's tokens do not count.
         batch_size: rows per batch; padded on the right, where no token of the row sees it, so that no mask is needed.
-        progress: called with the number of rows of every batch that is done (`tqdm.update` fits).
+        progress: called after every batch with its row numbers and their losses.
 
     Raises:
         ValueError: when a row has no token to predict.
     """
+    tokens = forced_tokens(model, rows, batch_size=batch_size, progress=progress)
+    loss, right = ([part.double().mean().item() for part in parts] for parts in zip(*tokens, strict=True))
+    return {
+        "loss": Score.from_rows(loss, "nats per token", seed),
+        "token_accuracy": Score.from_rows(right, "tokens right", seed),
+    }
+
+
+def forced_tokens(
+    model, rows: Sequence[dict], *, batch_size: int = 8, progress: Callable[[list[int], list], object] | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Loss of every predicted token of every row, and whether it had the largest logit; see `teacher_forced`."""
     check_rows(rows, ("input_ids",))
     firsts = [max(1, row.get("prompt_length", 0)) for row in rows]
     for number, (row, first) in enumerate(zip(rows, firsts, strict=True)):
         if len(row["input_ids"]) <= first:
             tokens = len(row["input_ids"])
             raise ValueError(f"evaluation row {number} has {tokens} tokens, none of them to be predicted: drop it.")
-    losses = [0.0] * len(rows)
+    found: list = [None] * len(rows)
     with in_eval_mode(model):
         for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):
-            found = _row_losses(causal_lm(model), [rows[i]["input_ids"] for i in batch], [firsts[i] for i in batch])
-            for i, loss in zip(batch, found, strict=True):
-                losses[i] = loss
+            tokens = _batch_tokens(causal_lm(model), [rows[i]["input_ids"] for i in batch], [firsts[i] for i in batch])
+            for i, pair in zip(batch, tokens, strict=True):
+                found[i] = pair
             if progress is not None:
-                progress(len(batch))
-    return Score.from_rows(losses, "nats per token", seed)
+                progress(batch, [loss.mean().item() for loss, _ in tokens])
+    return found
 
 
 def perplexity_of(loss: Score) -> Score:
@@ -62,23 +87,24 @@ def perplexity_of(loss: Score) -> Score:
     return Score(value, low, high, loss.n, "perplexity", tuple(map(math.exp, loss.per_row)))
 
 
-def _row_losses(lm: PreTrainedModel, documents: list[list[int]], firsts: list[int]) -> list[float]:
-    """Mean loss of each document's tokens from `firsts` on."""
-    width = max(map(len, documents))
+def _batch_tokens(
+    lm: PreTrainedModel, documents: list[list[int]], firsts: list[int]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Losses `[tokens]` and hits `[tokens]` of each document's tokens from `firsts` on."""
+    width, begin = max(map(len, documents)), min(firsts)
     ids = torch.tensor([document + [0] * (width - len(document)) for document in documents], device=lm.device)
-    column = torch.arange(width, device=lm.device)
-    lengths, starts = (torch.tensor(x, device=lm.device)[:, None] for x in (list(map(len, documents)), firsts))
-    counted = (column < lengths) & (column >= starts)
-    total = torch.zeros(len(documents), dtype=torch.float64, device=lm.device)
-    vocabulary = lm.config.get_text_config().vocab_size
-    piece = max(1, LOGITS_AT_ONCE // (vocabulary * len(documents)))
+    piece = max(1, LOGITS_AT_ONCE // (lm.config.get_text_config().vocab_size * len(documents)))
+    losses, right = [], []
     with _backbone_run_once(lm, ids) as logits_of:
-        for start in range(0, width - 1, piece):
+        for start in range(begin - 1, width - 1, piece):
             columns = torch.arange(start, min(start + piece, width - 1), device=lm.device)
             logits, labels = logits_of(columns).float(), ids[:, columns + 1]
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-            total += loss.double().mul(counted[:, columns + 1]).sum(1)
-    return (total / counted.sum(1)).tolist()
+            losses.append(loss.cpu())
+            right.append((logits.argmax(-1) == labels).cpu())
+    parts = [torch.cat(x, 1) for x in (losses, right)]
+    spans = [slice(first - begin, len(document) - begin) for document, first in zip(documents, firsts, strict=True)]
+    return [tuple(part[row, span] for part in parts) for row, span in enumerate(spans)]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def evaluate_question_answering(
     *,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[list[int], list], object] | None = None,
     seed: int = 0,
 ) -> dict[str, Score]:
     """Mean F1 and exact match of greedy answers, `{"f1": Score, "exact_match": Score}`, each between 0 and 1.

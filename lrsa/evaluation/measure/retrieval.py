@@ -15,7 +15,7 @@ def evaluate_retrieval(
     *,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[list[int], list], object] | None = None,
     seed: int = 0,
 ) -> Score:
     """Mean share of the answers' symbols that a greedy answer has in the right place, between 0 and 1.

@@ -20,12 +20,15 @@ class Variant(NamedTuple):
     """One of several models that share the weights of a single `PeftModel`.
 
     Attributes:
-        model: the PEFT model that carries the adapters.
+        model: the PEFT model that carries the adapters, or a model without any.
         adapter: name of the adapter to switch on; `None` switches all of them off, which is the base model.
+        config: settings in place of those that all are measured with: another lag, or another choice of tokens (one of
+            `CONTROLS`); the keep ratio is that of each measurement.
     """
 
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     adapter: str | None
+    config: LRSAConfig | None = None
 
 
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -54,8 +57,11 @@ def in_eval_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 @contextmanager
 def with_adapter(variant: Variant) -> Iterator[None]:
-    """Switch the variant's adapter on, or all off; afterwards the same adapters are active and trainable as before."""
-    model, adapter = variant
+    """Switch the variant's adapter on, or all off, if there can be any; then make active and trainable what was."""
+    model, adapter, _ = variant
+    if not hasattr(model, "peft_config"):
+        yield
+        return
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active, enabled = model.active_adapter, model.get_model_status().enabled
     try:

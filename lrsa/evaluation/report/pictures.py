@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lrsa.evaluation.extra import extra
 from lrsa.evaluation.results import Results
-from lrsa.evaluation.score import CONFIDENCE
+from lrsa.evaluation.score import CONFIDENCE, Score
 
 PICTURE = "score_vs_keep_ratio.png"
 TRAINING_PICTURE = "training_losses.png"
@@ -27,35 +27,51 @@ AXES = {
 AUXILIARY = {"selection": "selection loss, nats", "distillation": "distillation loss, nats per token"}
 
 
-def draw_scores(results: Results, path: Path) -> None:
-    """Write the first metric against keep ratio, one line per model with its interval, 7 x 4.2 inches at 200 dpi."""
-    figure = _figure(7, 4.2)
-    axes = figure.add_subplot()
-    places = [-math.log2(setting.keep_ratio) for setting in results.settings]
-    for style, model in enumerate(reversed(results.models)):
-        scores = [results.score(model, setting.name) for setting in results.settings]
-        lows, highs = [score.low for score in scores], [score.high for score in scores]
-        colour = COLOURS[style % len(COLOURS)]
-        axes.fill_between(places, lows, highs, color=colour, alpha=0.16, linewidth=0)
-        axes.plot(
-            places, [score.value for score in scores], color=colour, label=model, zorder=9 - style,
-            marker=MARKERS[style % len(MARKERS)], markersize=6.5,
-            linestyle=LINES[style % len(LINES)], linewidth=2.4 if style == 0 else 1.8,
-        )  # fmt: skip
-    for setting, place in zip(results.settings, places, strict=True):
-        if setting.name == results.trained:
+def draw_scores(results: Results, path: Path, by_memory: bool = False) -> None:
+    """Write headline and loss against keep ratio, a panel each: one line per model, with its interval.
+
+    Args:
+        by_memory: put each point where the share of tokens that its cache holds is, in place of the keep ratio.
+    """
+    metrics = results.compared
+    figure = _figure(1.5 + 5.5 * len(metrics), 4.2 + 0.25 * (len(results.models) // 4))
+    for metric, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True):
+        for style, model in enumerate(reversed(results.models)):
+            scores = [results.score(model, setting.name, metric) for setting in results.settings]
+            cells = results.cells[model]
+            shares = [cells[s.name].kept if by_memory else s.keep_ratio for s in results.settings]
+            places = [-math.log2(share) for share in shares]
+            colour = COLOURS[style % len(COLOURS)]
+            axes.fill_between(
+                places, [s.low for s in scores], [s.high for s in scores], color=colour, alpha=0.12, linewidth=0
+            )
+            axes.plot(
+                places, [score.value for score in scores], color=colour, label=model, zorder=9 - style,
+                marker=MARKERS[style % len(MARKERS)], markersize=6.5,
+                linestyle=LINES[style % len(LINES)], linewidth=2.4 if style == 0 else 1.8,
+            )  # fmt: skip
+        _mark_ratios(results, axes, by_memory)
+        axes.set_ylabel(AXES[metric], fontsize=12)
+        _plain(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=11, frameon=False, loc="outside upper center", ncols=min(len(labels), 4))
+    figure.savefig(path, dpi=200 if len(metrics) == 1 else 150)
+
+
+def _mark_ratios(results: Results, axes, by_memory: bool) -> None:
+    """The axis of keep ratios or shares, and the ratio of the training."""
+    what = "share of tokens in the cache at the end of a prompt" if by_memory else "kept share of each window"
+    axes.set_xlabel(f"{what} (log scale)\nshaded: {CONFIDENCE:.0%} interval of {results.rows['n']} rows", fontsize=11)
+    names = ["full cache", *(setting.name for setting in results.settings[1:])]
+    axes.set_xticks([-math.log2(setting.keep_ratio) for setting in results.settings], names)
+    for setting in results.settings:
+        if setting.name == results.trained and not by_memory:
+            place = -math.log2(setting.keep_ratio)
             axes.axvline(place, color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
                 f"trained at {setting.name}", (place, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
                 textcoords="offset points", ha="center", va="bottom", fontsize=10, color="#555555",
             )  # fmt: skip
-    axes.set_xticks(places, ["full cache", *(setting.name for setting in results.settings[1:])])
-    note = f"shaded: {CONFIDENCE:.0%} interval of {results.rows['n']} rows"
-    axes.set_xlabel(f"kept share of each window (log scale); {note}", fontsize=11)
-    axes.set_ylabel(AXES[results.metrics[0]], fontsize=12)
-    _plain(axes)
-    figure.legend(fontsize=11, frameon=False, loc="outside upper center", ncols=min(len(results.models), 4))
-    figure.savefig(path, dpi=200)
 
 
 def draw_training(logs: Mapping[str, Path], path: Path) -> bool:
@@ -117,3 +133,36 @@ def _plain(axes) -> None:
     axes.grid(axis="y", color="#e4e4e4")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_layers(alone: Mapping[int, Score], whole: Sequence[tuple[int, Score]], full: Score, path: Path) -> None:
+    """Write what each layer costs when it alone is compressed, and the loss with the worst of them kept whole.
+
+    Args:
+        alone: layer -> loss above the full cache.
+        whole: number of whole layers and loss, all at one size of the cache.
+        full: loss of the full cache.
+    """
+    figure = _figure(12, 4)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for axes, points in ((left, list(alone.items())), (right, whole)):
+        places, scores = zip(*points, strict=True)
+        values = [score.value for score in scores]
+        # A percentile interval need not hold the mean, which error bars insist on.
+        errors = [[max(s.value - s.low, 0) for s in scores], [max(s.high - s.value, 0) for s in scores]]
+        if axes is left:
+            axes.bar(places, values, yerr=errors, color=COLOURS[0], error_kw={"ecolor": "#555555", "elinewidth": 1})
+        else:
+            axes.errorbar(places, values, yerr=errors, color=COLOURS[0], marker="o", capsize=3)
+        axes.xaxis.set_major_locator(extra("matplotlib.ticker").MaxNLocator(integer=True))
+        _plain(axes)
+    right.axhline(full.value, color=COLOURS[2], linestyle=":", linewidth=1.5)
+    right.annotate(
+        "full cache", (1, full.value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=10
+    )
+    left.set_xlabel("layer that alone is compressed", fontsize=11)
+    left.set_ylabel("nats per token above the full cache", fontsize=11)
+    right.set_xlabel("worst layers kept whole, at one size of the cache", fontsize=11)
+    right.set_ylabel("loss, nats per token", fontsize=11)
+    figure.suptitle(f"bars: {CONFIDENCE:.0%} intervals over {full.n} rows", fontsize=10, color="#555555")
+    figure.savefig(path, dpi=150)

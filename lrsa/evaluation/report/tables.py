@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,33 +22,36 @@ TITLES = {
     "f1": "Answer F1",
     "exact_match": "Exact match",
     "loss": "Loss (nats per token, lower is better)",
+    "token_accuracy": "Token accuracy (share of the tokens predicted right while reading the right ones)",
     "perplexity": "Perplexity (lower is better)",
 }
 EXAMPLES, EXAMPLE_WIDTH = 3, 60
 TRAINING = f"![Losses of the training against steps]({TRAINING_PICTURE})"
 
 
-def save_report(results: Results, directory: str | Path) -> Path:
+def save_report(results: Results, directory: str | Path, first: Sequence[str] = ()) -> Path:
     """Write `results.json`, `report.md` and `score_vs_keep_ratio.png` into `directory` (made if missing).
 
     The report also shows the losses of the training when `draw_training` has left its picture there.
+
+    Args:
+        first: sections of Markdown that the report begins with.
     """
     directory = results.save(directory)
-    (directory / "report.md").write_text(
-        markdown(results, trained=(directory / TRAINING_PICTURE).is_file()), encoding="utf-8"
-    )
-    draw_scores(results, directory / PICTURE)
+    trained = (directory / TRAINING_PICTURE).is_file()
+    (directory / "report.md").write_text(markdown(results, trained, first), encoding="utf-8")
+    draw_scores(results, directory / PICTURE, by_memory=not results.is_trained)
     return directory
 
 
-def markdown(results: Results, trained: bool = False) -> str:
+def markdown(results: Results, trained: bool = False, first: Sequence[str] = ()) -> str:
     """The whole report as Markdown; `trained`: with the picture of `draw_training`."""
-    sections = [f"# Evaluation: {results.task}", measurements(results)]
+    sections = [f"# Evaluation: {results.task}", *first, measurements(results)]
     if trained:
         sections.append(f"## Training\n\n{TRAINING}")
     if results.expected:
-        sections.append(f"## Examples\n\n{_markdown_table(_example_rows(results))}")
-    sections.append(f"## Settings\n\n{_markdown_table(_setting_rows(results))}")
+        sections.append(f"## Examples\n\n{markdown_table(_example_rows(results))}")
+    sections.append(f"## Settings\n\n{markdown_table(_setting_rows(results))}")
     return "\n\n".join(sections) + "\n"
 
 
@@ -57,12 +60,13 @@ def measurements(results: Results) -> str:
     sections = [
         _measured(results),
         *([f"**Warning:** {results.warning}."] if results.warning else []),
-        f"![{TITLES[results.metrics[0]]} against keep ratio]({PICTURE})",
-        *(f"## {TITLES[metric]}\n\n{_markdown_table(_score_rows(results, metric))}" for metric in results.metrics),
+        f"![Scores against keep ratio]({PICTURE})",
+        *(f"## {TITLES[metric]}\n\n{markdown_table(_score_rows(results, metric))}" for metric in results.metrics),
     ]
-    if results.differences:
-        sections.append(f"## {_difference_title(results)}\n\n{_markdown_table(_difference_rows(results))}")
-    sections.append(f"## {_cost_title(results)}\n\n{_markdown_table(_cost_rows(results))}")
+    for metric in results.differences:
+        title = _difference_title(results, metric)
+        sections.append(f"## {title}\n\n{markdown_table(_difference_rows(results, metric))}")
+    sections.append(f"## {_cost_title(results)}\n\n{markdown_table(_cost_rows(results))}")
     return "\n\n".join(sections)
 
 
@@ -70,8 +74,7 @@ def print_report(results: Results, console: Console | None = None) -> None:
     """Show scores, differences and cost on the terminal, as tables of `rich`."""
     console = console or extra("rich.console").Console()
     tables = [(TITLES[metric], _score_rows(results, metric)) for metric in results.metrics]
-    if results.differences:
-        tables.append((_difference_title(results), _difference_rows(results)))
+    tables += [(_difference_title(results, m), _difference_rows(results, m)) for m in results.differences]
     tables.append((_cost_title(results), _cost_rows(results)))
     for title, rows in tables:
         console.print(_rich_table(title, rows, console.width))
@@ -96,6 +99,7 @@ def _rich_table(title: str, rows: list[list[str]], width: int) -> Table:
 
 def _measured(results: Results) -> str:
     rows, ratios = results.rows, "the full cache only" if results.trained == "full" else f"keep ratio {results.trained}"
+    ratios = ratios if results.is_trained else "nothing, this is a model as it was found"
     compared = results.details.get("comparison")
     by = f" Answers are compared by {compared}; in brackets the number of correct answers." if compared else ""
     return (
@@ -118,15 +122,15 @@ def setting_name(results: Results, setting: Setting) -> str:
     """`full cache`, `keep 1/4`, or `keep 1/8 (trained)`."""
     if setting.config is None:
         return "full cache"
-    return f"keep {setting.name}" + (" (trained)" if setting.name == results.trained else "")
+    return f"keep {setting.name}" + (" (trained)" if results.is_trained and setting.name == results.trained else "")
 
 
-def _difference_title(results: Results) -> str:
-    return f"{results.models[-1]} minus the others, row by row ({results.metrics[0].replace('_', ' ')})"
+def _difference_title(results: Results, metric: str) -> str:
+    return f"{results.models[-1]} minus the others, row by row ({metric.replace('_', ' ')})"
 
 
-def _difference_rows(results: Results) -> list[list[str]]:
-    differences = results.differences
+def _difference_rows(results: Results, metric: str) -> list[list[str]]:
+    differences = results.differences[metric]
     rows = [["cache", *(f"minus {other}" for other, _ in differences)]]
     for setting in results.settings:
         found = (scores[setting.name] for _, scores in differences)
@@ -186,13 +190,14 @@ def _setting_rows(results: Results) -> list[list[str]]:
     details = {key: value for key, value in results.details.items() if key != "versions"}
     versions = ", ".join(f"{name} {version}" for name, version in results.details["versions"].items())
     lrsa = ", ".join(f"{name} {value}" for name, value in results.config.to_dict().items())
-    seconds = sum(cell.seconds for by_setting in results.cells.values() for cell in by_setting.values())
+    # A cell that several models share, the full cache of one set of weights, took its time once.
+    seconds = sum({cell.seconds for by_setting in results.cells.values() for cell in by_setting.values()})
     values = {"lrsa": lrsa} | details | {"versions": versions, "time": f"{seconds:.0f} s"}
     named = [[name.replace("_", " "), str(value)] for name, value in values.items() if value is not None]
     return [["setting", "value"], *named]
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
     head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     lines = [head, ["---"] + ["---:" if body and _is_number(body[0][i]) else "---" for i in range(1, len(head))], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -114,7 +114,7 @@ def test_state_is_put_back_after_an_error(adapted, start):
 def test_plain_model_is_measured_as_it_stands(random_llama):
     results = compare({"model": random_llama}, None, make_rows(), "loss", CONFIG, (0.5,), progress=False)
     assert results.score("model") == evaluate_loss(random_llama, make_rows())
-    assert results.differences == []
+    assert results.differences == {}
 
 
 def test_differences_are_paired(adapted):
@@ -122,7 +122,7 @@ def test_differences_are_paired(adapted):
     found = results.difference("lrsa", "base", "1/8")
     pairs = zip(results.score("lrsa", "1/8").per_row, results.score("base", "1/8").per_row, strict=True)
     assert found.per_row == pytest.approx([a - b for a, b in pairs])
-    assert [other for other, _ in results.differences] == ["base", "control"]
+    assert [other for other, _ in results.differences["loss"]] == ["base", "control"]
 
 
 def test_measured_cost_stands_in_the_results(adapted):
@@ -146,7 +146,7 @@ def test_files_can_be_read_and_hold_everything(adapted, tmp_path):
     report = (directory / "report.md").read_text(encoding="utf-8")
     assert str(results.score("lrsa", "1/8")) in report and "keep 1/8 (trained)" in report
     tables = re.findall(r"(?:^\|.*\n)+", report, flags=re.MULTILINE)
-    assert len(tables) == 5 and all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
+    assert len(tables) == 6 and all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
     assert (directory / "score_vs_keep_ratio.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -11,7 +11,7 @@ from transformers import CohereConfig, CohereForCausalLM
 
 from lrsa import LRSACache, LRSAConfig, apply_lrsa
 from lrsa.cache import CACHE_ARGUMENT
-from lrsa.evaluation import evaluate_loss, perplexity_of
+from lrsa.evaluation import evaluate_loss, perplexity_of, teacher_forced
 
 CONFIG = LRSAConfig(sink_size=2, lag_size=8, top_k=2)
 
@@ -99,3 +99,18 @@ def test_real_model_on_real_text(stories, shared):
     mixed = [ids[0], *random.Random(0).sample(ids[1:], len(ids) - 1)]
     story, noise = evaluate_loss(stories, [{"input_ids": ids}, {"input_ids": mixed}]).per_row
     assert story < 1.5 < 4 < noise
+
+
+def test_token_accuracy_is_the_share_of_largest_logits(random_llama):
+    rows = [row | {"prompt_length": 11} for row in make_rows(3)]
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        best = random_llama(ids, use_cache=False).logits[0].argmax(-1)
+        row["input_ids"][20], row["input_ids"][25] = best[19].item(), best[24].item()  # some are right
+        ids = torch.tensor([row["input_ids"]])
+        best = random_llama(ids, use_cache=False).logits[0, 10:-1].argmax(-1)
+        expected.append((best == ids[0, 11:]).double().mean().item())
+    found = teacher_forced(random_llama, rows, batch_size=2)
+    assert found["token_accuracy"].per_row == pytest.approx(expected) and max(expected) > 0
+    assert found["loss"] == evaluate_loss(random_llama, rows, batch_size=2)

@@ -43,7 +43,7 @@ def test_metadata_holds_every_score_of_the_adapter(tiny_run):
     data = ModelCard.load(tiny_run / "README.md").data
     assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "text-generation", None)
     assert {"lrsa", "kv-cache", "lora", "custom_generate"} <= set(data.tags)
-    assert data.model_name == "tiny" and len(data.eval_results) == 6, "three caches, two metrics"
+    assert data.model_name == "tiny" and len(data.eval_results) == 9, "three caches, three metrics"
     found = {(item.metric_type, item.metric_name): item for item in data.eval_results}
     item, score = found["loss", "Loss, keep 1/4 (trained)"], results.score("LRSA-LoRA", "1/4")
     assert item.metric_value == pytest.approx(score.value, abs=1e-6) and score != results.score("base", "1/4")
