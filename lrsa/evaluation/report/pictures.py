@@ -34,7 +34,7 @@ def draw_scores(results: Results, path: Path, by_memory: bool = False) -> None:
         by_memory: put each point where the share of tokens that its cache holds is, in place of the keep ratio.
     """
     metrics = results.compared
-    figure = _figure(1.5 + 5.5 * len(metrics), 4.2 + 0.25 * (len(results.models) // 4))
+    figure = _figure(1.5 + 5.5 * len(metrics), 4.2 + 0.25 * (len(results.models) // 3))
     for metric, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True):
         for style, model in enumerate(reversed(results.models)):
             scores = [results.score(model, setting.name, metric) for setting in results.settings]
@@ -42,9 +42,9 @@ def draw_scores(results: Results, path: Path, by_memory: bool = False) -> None:
             shares = [cells[s.name].kept if by_memory else s.keep_ratio for s in results.settings]
             places = [-math.log2(share) for share in shares]
             colour = COLOURS[style % len(COLOURS)]
-            axes.fill_between(
-                places, [s.low for s in scores], [s.high for s in scores], color=colour, alpha=0.12, linewidth=0
-            )
+            if style == 0 or len(results.models) < 4:  # more intervals hide each other
+                lows, highs = [score.low for score in scores], [score.high for score in scores]
+                axes.fill_between(places, lows, highs, color=colour, alpha=0.14, linewidth=0)
             axes.plot(
                 places, [score.value for score in scores], color=colour, label=model, zorder=9 - style,
                 marker=MARKERS[style % len(MARKERS)], markersize=6.5,
@@ -54,14 +54,15 @@ def draw_scores(results: Results, path: Path, by_memory: bool = False) -> None:
         axes.set_ylabel(AXES[metric], fontsize=12)
         _plain(axes)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=11, frameon=False, loc="outside upper center", ncols=min(len(labels), 4))
+    columns = min(len(labels), 2 * len(metrics) if max(map(len, labels)) > 12 else 4)
+    figure.legend(handles, labels, fontsize=11, frameon=False, loc="outside upper center", ncols=columns)
     figure.savefig(path, dpi=200 if len(metrics) == 1 else 150)
 
 
 def _mark_ratios(results: Results, axes, by_memory: bool) -> None:
     """The axis of keep ratios or shares, and the ratio of the training."""
     what = "share of tokens in the cache at the end of a prompt" if by_memory else "kept share of each window"
-    axes.set_xlabel(f"{what} (log scale)\nshaded: {CONFIDENCE:.0%} interval of {results.rows['n']} rows", fontsize=11)
+    axes.set_xlabel(f"{what} (log scale)\nn = {results.rows['n']} rows; shaded: {CONFIDENCE:.0%} interval", fontsize=11)
     names = ["full cache", *(setting.name for setting in results.settings[1:])]
     axes.set_xticks([-math.log2(setting.keep_ratio) for setting in results.settings], names)
     for setting in results.settings:
