@@ -210,17 +210,18 @@ def test_a_moved_project_is_resumed(workplace, finished, tmp_path, capsys):
     assert run_here(tmp_path / "moved", "eval.enabled=false", "eval.control=false", resume=True) == 0
     assert [line["loss"] for line in log_of(run)] == pytest.approx([line["loss"] for line in log_of(finished[0])])
     stored = (run / "config.yaml").read_text()
-    for old, message in [
-        (
-            "path: ../../text.jsonl",
-            "if that is the same in another place, write it into runs/first/config.yaml as well",
-        ),
-        ("name_or_path: ../../model", "where something moved, correct it there as well"),
-    ]:
-        assert old in stored
-        (run / "config.yaml").write_text(stored.replace(old, f"{old.partition(':')[0]}: /gone/away"))
-        assert run_here(tmp_path / "moved", "eval.enabled=false", "eval.control=false", resume=True) == 2
-        assert message in capsys.readouterr().err
+    options = ["eval.enabled=false", "eval.control=false"]
+    for setting, place in (("data.path", "text.jsonl"), ("model.name_or_path", "model")):
+        name = setting.partition(".")[2]
+        assert f"{name}: ../../{place}" in stored
+        (run / "config.yaml").write_text(stored.replace(f"{name}: ../../{place}", f"{name}: /gone/away"))
+        assert run_here(tmp_path / "moved", *options, resume=True) == 2
+        assert "is accepted in its new one when the command line names it" in capsys.readouterr().err
+        assert run_here(tmp_path / "moved", *options, f"{setting}={place}", resume=True) == 0
+        assert f"{name}: ../../{place}" in (run / "config.yaml").read_text()
+    shutil.copytree(workplace / "model", tmp_path / "moved" / "another")
+    assert run_here(tmp_path / "moved", *options, "model.name_or_path=another", resume=True) == 2
+    assert "model.name_or_path: was" in capsys.readouterr().err, "the first model is still there"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -15,7 +15,7 @@ from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings, load_settings
 from train.settings.paths import PATHS
 from train.settings.schema import SECTIONS, TrainSettings
-from train.settings.sources import shown
+from train.settings.sources import read_source, shown
 
 CONFIG_NAME = "config.yaml"
 PUBLISHED_NAME = "hub"  # what launch/publish.py sent or would send
@@ -25,6 +25,10 @@ WRITTEN = (
     *(REPORT_NAME, "data_report.md", *RESULTS, "control"),
     PUBLISHED_NAME,
     CONFIG_NAME,  # last: while it is there, --resume sees which settings belong to what is left
+)
+WHEN_MOVED = (
+    "what has moved, and is no longer in its old place, is accepted in its new one when the command line names it: "
+    "--set model.name_or_path=..."
 )
 # Settings of `train` that a checkpoint holds, or that order the rows: a change would be ignored, or be half of one.
 IN_CHECKPOINTS = (
@@ -136,9 +140,9 @@ def config_of_run(directory: str) -> str:
 def _refuse_other_settings(settings: RunSettings, directory: Path) -> None:
     path = directory / CONFIG_NAME
     try:
-        before = load_settings(str(path), ["train.deepspeed=null"])  # that file may change or be gone
+        before = load_settings(str(path), [*_moved(path, settings), "train.deepspeed=null"])  # it may change or be gone
     except SettingsError as error:
-        text = f"compares with the settings in {shown(path)}: where something moved, correct it there as well"
+        text = f"compares with the settings in {shown(path)}: {WHEN_MOVED}"
         raise SettingsError([*error.problems, Problem("", "--resume", text)]) from error
     problems = []
     for section in (name for name in SECTIONS if name not in ("train", "eval")):
@@ -158,10 +162,23 @@ def _refuse_other_settings(settings: RunSettings, directory: Path) -> None:
         raise SettingsError(problems)
 
 
+def _moved(path: Path, settings: RunSettings) -> list[str]:
+    """Local paths in a run's config.yaml that are gone and that the command line names anew, as overrides."""
+    stored, overrides = read_source(str(path), []), []
+    for section, name in [(section, name) for section, names in PATHS.items() for name in names]:
+        was = stored.values.get(section, {}).get(name)
+        parts = [part for part in (was if isinstance(was, list) else [was]) if isinstance(part, str)]
+        local = [part for part in parts if Path(part).is_absolute() or part.startswith(".")]
+        gone = any(stored.find(section, name, part) is None for part in local)
+        if gone and (section, name) in settings.from_command_line:
+            overrides.append(f"{section}.{name}={json.dumps(getattr(getattr(settings, section), name))}")
+    return overrides
+
+
 def _changed(path: Path, section: str, name: str, was: object, now: object) -> Problem:
     way = "--resume continues with the same settings only"
     if name in PATHS.get(section, ()):
-        way += f"; if that is the same in another place, write it into {shown(path)} as well"
+        way += f"; {WHEN_MOVED}"
     return Problem(shown(path), f"{section}.{name}", f"was {was!r} when this run began, is {now!r}: {way}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pydantic
@@ -38,6 +38,7 @@ class RunSettings:
     parallel: ParallelSettings
     eval: EvalSettings
     file: Path
+    from_command_line: frozenset[FieldPath] = field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, dict]:
         """The sections as plain values; of `train` what the configuration and our defaults set."""
@@ -79,7 +80,7 @@ def load_settings(config: str, overrides: list[str] | None = None) -> RunSetting
     told = [source.problem(path, problems[path]) for path in sorted(problems, key=source.order)]
     if source.problems or told:
         raise SettingsError(source.problems + told)
-    return RunSettings(file=source.file, **built)
+    return RunSettings(file=source.file, from_command_line=frozenset(source.from_command_line), **built)
 
 
 def _section(source: Source, name: str, problems: dict) -> dict:
