@@ -107,14 +107,15 @@ def first_layers(model, count: int):
 
 def _from_gguf(file: Path):
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lrsa.base import BaseLoading
 
     if not file.is_file():
         raise ValueError(f"--gguf: there is no file {file}.")
-    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    # Only dequantised weights can be saved as an ordinary folder.
-    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-    return AutoModelForCausalLM.from_pretrained(**place, **options), AutoTokenizer.from_pretrained(**place)
+    folder, loading = str(file.parent), BaseLoading(gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **loading.options(folder))
+    return model, AutoTokenizer.from_pretrained(folder, **loading.files())
 
 
 def _from_hub():

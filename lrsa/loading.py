@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from lrsa.base import BaseLoading
 from lrsa.cache import LRSACache
 from lrsa.config import LRSAConfig
 from lrsa.hf import apply_lrsa, config_of
@@ -90,11 +91,14 @@ def _base_with_adapter(adapter: Path, base_model: str | Path | None, options: di
     config = PeftConfig.from_pretrained(adapter)
     name = base_model or config.base_model_name_or_path
     base = {"pretrained_model_name_or_path": name, "revision": "main" if base_model else config.revision or "main"}
+    loading = BaseLoading.from_pretrained(adapter)
+    hub = {n: options[n] for n in ("token", "cache_dir", "local_files_only", "trust_remote_code") if n in options}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**base, **options)
+        source = {"source": name, "revision": base["revision"]}
+        model = AutoModelForCausalLM.from_pretrained(**base, **(options | loading.options(**source, **hub)))
     except OSError as error:
         raise OSError(f"base model {name} cannot be loaded: {error}; if it moved, pass base_model=...") from error
-    return PeftModel.from_pretrained(model, adapter), base
+    return PeftModel.from_pretrained(loading.check(model), adapter), base | loading.files()
 
 
 def refuse_pickle(adapter: Path) -> None:

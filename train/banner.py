@@ -17,7 +17,7 @@ from data import DataReport
 from lrsa.attention.api import describe
 from lrsa.hf import sliding_windows
 from train.estimate.devices import this_device
-from train.estimate.plan import Plan, plan_run, shape_of
+from train.estimate.plan import Plan, plan_run, shape_of, size_of
 from train.estimate.report import memory_line
 from train.settings.load import RunSettings
 from train.settings.schema import ObjectiveSettings
@@ -39,7 +39,7 @@ def print_banner(console: Console, settings: RunSettings, trainer: LRSATrainer, 
 
 def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> list[tuple[str, str]]:
     """The banner's lines as `(name, text)`."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
+    sizes = [(size_of(p), p.requires_grad) for p in trainer.model.parameters()]
     total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     args, rows = trainer.args, len(trainer.train_dataset)
     groups = args.world_size // settings.parallel.sp_size
@@ -54,7 +54,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
     limit = trainer.time_limit.minutes
     minutes = "" if limit is None else f"as many as {limit:g} minutes allow, at most "
     lines = [
-        ("model", f"{settings.model.name_or_path}, {_count(total)} parameters in {settings.model.dtype}"),
+        ("model", f"{settings.model.name_or_path}, {_count(total)} parameters in {settings.model.weights}"),
         ("adapter", f"LoRA r {settings.lora.r} on {_targets(trainer)}; {_count(trainable)} parameters trained "
                     f"({trainable / total:.2%})"),
         ("attention", _attention(settings, trainer)),
@@ -70,7 +70,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
     positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and report.lengths["longest"] > positions:
         text = f"rows of up to {report.lengths['longest']:.0f} tokens exceed the model's {positions} positions"
-        lines.append(("warning", f"{text}: lower data.context_length, or use a model with longer context"))
+        lines.append(("warning", f"{text}: lower data.context_length, or set model.rope_scaling"))
     return lines
 
 

@@ -126,6 +126,8 @@ def _options(settings: RunSettings) -> dict:
 
 
 def _on_device(settings: RunSettings, model):
+    if settings.model.quantization is not None:  # it is where it was quantised
+        return model
     return model.to("cuda" if torch.cuda.is_available() and not settings.train.use_cpu else "cpu")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -48,8 +50,16 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
         SettingsError: when there is no such model, or it is not a causal language model.
     """
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else "auto"
-    # Other weights than safetensors are pickles: code, as that which trust_remote_code allows.
-    return _load(AutoModelForCausalLM, settings, dtype=dtype, use_safetensors=not settings.trust_remote_code or None)
+    quantization = _quantization(settings)
+    options = {} if quantization is None else {"quantization_config": quantization}
+    # it says for every layer of every pass that int8 computes in float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    model = _load(AutoModelForCausalLM, settings, dtype=dtype, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU an evaluation would pack the weights anew, for good, in a way that gradients do not pass.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def check_weights(settings: ModelSettings) -> None:
@@ -59,15 +69,19 @@ def check_weights(settings: ModelSettings) -> None:
         SettingsError: when the weights are damaged or of another shape, some are missing, or a quantised model's
             package is not installed.
     """
-    quantized = getattr(load_config(settings), "quantization_config", None)
-    if quantized is not None:  # its weights need the device that they are made for
+    stored, ours = getattr(load_config(settings), "quantization_config", None), _quantization(settings)
+    if stored is not None and ours is not None:
+        text = f"cannot be {settings.quantization}: {settings.name_or_path} is stored quantised already; leave it out"
+        raise SettingsError([Problem("", "model.quantization", text)])
+    if stored is not None or ours is not None:
+        field = f"model.name_or_path {settings.name_or_path}" if ours is None else "model.quantization"
         try:
-            AutoHfQuantizer.from_config(quantized).validate_environment(device_map=None)
+            AutoHfQuantizer.from_config(stored or ours).validate_environment(device_map=None)
         except ImportError as error:
-            raise SettingsError([Problem("", f"model.name_or_path {settings.name_or_path}", str(error))]) from error
+            raise SettingsError([Problem("", field, str(error))]) from error
+    if stored is not None or settings.gguf_file:  # needs the device that they are made for, or is read as a whole
         return
-    safe = not settings.trust_remote_code or None
-    options = {"device_map": "meta", "output_loading_info": True, "use_safetensors": safe}
+    options = {"device_map": "meta", "output_loading_info": True}
     info = _load(AutoModelForCausalLM, settings, ignore_mismatched_sizes=True, **options)[1]
     texts = [f"no weights for {some(names)}" for names in [sorted(info["missing_keys"])] if names]
     texts += [f"{name} of {list(has)}, not {list(needs)}" for name, has, needs in sorted(info["mismatched_keys"])[:3]]
@@ -99,14 +113,30 @@ def token_problems(tokenizer: PreTrainedTokenizerBase, highest: int, model: PreT
     return [Problem("", "model.name_or_path", text)]
 
 
+def _quantization(settings: ModelSettings) -> BitsAndBytesConfig | None:
+    if settings.quantization is None:
+        return None
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.double_quantization,
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype) if settings.dtype != "auto" else None,
+    )
+
+
 def _load(auto_class: type, settings: ModelSettings, **options):
+    name, hub = settings.name_or_path, {"revision": settings.revision or "main"}
+    hub["trust_remote_code"] = settings.trust_remote_code
     try:
-        return auto_class.from_pretrained(
-            settings.name_or_path,
-            revision=settings.revision or "main",
-            trust_remote_code=settings.trust_remote_code,
-            **options,
-        )
+        if auto_class is not AutoModelForCausalLM:
+            return auto_class.from_pretrained(name, **hub, **settings.loading.files(), **options)
+        # Other weights than safetensors are pickles: code, as that which trust_remote_code allows.
+        safe = {"use_safetensors": not settings.trust_remote_code or None}
+        loaded = auto_class.from_pretrained(name, **hub, **(safe | options | settings.loading.options(name, **hub)))
+        settings.loading.check(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
     except SafetensorError as error:
         text = (
             f"its weights are damaged or incomplete ({error}): download them again; for a Git LFS pointer, run git lfs "

@@ -10,8 +10,11 @@ from trl import SFTConfig
 from train.settings.errors import Problem, SettingsError
 
 
-def check_trainer(args: SFTConfig) -> None:
+def check_trainer(args: SFTConfig, quantization: str | None = None) -> None:
     """Refuse what this machine or DeepSpeed's file does not allow.
+
+    Args:
+        quantization: of the base model.
 
     Raises:
         SettingsError: with every such setting.
@@ -32,6 +35,9 @@ def check_trainer(args: SFTConfig) -> None:
         problems.append(("train.use_liger_kernel", "liger-kernel is not installed: pip install liger-kernel, or false"))
     if args.activation_offloading and args.use_cpu:
         problems.append(("train.activation_offloading", "must be false on a CPU: its memory holds activations anyway"))
+    if quantization and args.deepspeed and args.hf_deepspeed_config.is_zero3():
+        text = f"{quantization} cannot be used under ZeRO-3, which splits weights that are packed: use ZeRO-2"
+        problems.append(("model.quantization", text))
     mismatches = args.hf_deepspeed_config.mismatches if args.deepspeed else []
     problems += [
         ("train.deepspeed", f"contradicts section train ({text.strip('- ')}): write auto in the file")

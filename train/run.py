@@ -70,7 +70,7 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
     console = Console(quiet=not main)
     check_weights(settings.model)  # before SFTConfig, which makes every model one of ZeRO-3
     args = sft_config(settings, directory)
-    check_trainer(args)
+    check_trainer(args, settings.model.quantization)
 
     tokenizer = load_tokenizer(settings.model)
     corpus = data.load(settings.data, tokenizer, args.seed, settings.lrsa.dense_length)
@@ -176,7 +176,7 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
     if shared:
         share_rows(args, model, selection=lrsa is not None and settings.objective.selection > 0)
     try:
-        return (SequenceParallelTrainer if shared else LRSATrainer)(
+        trainer = (SequenceParallelTrainer if shared else LRSATrainer)(
             model=model,
             args=args,
             train_dataset=corpus.train,
@@ -186,9 +186,14 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
             lrsa=lrsa,
             objective=settings.objective,
             max_minutes=settings.train.max_minutes,
+            base=settings.model.loading,
         )
     except ValueError as error:
         raise SettingsError([Problem("", "train, lora", f"refused by TRL or PEFT: {error}")]) from error
+    if settings.model.quantization is not None and settings.model.dtype == "float32":
+        for parameter in trainer.model.parameters():  # TRL has made them bfloat16
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    return trainer
 
 
 def _loss_rows(evaluation: list[dict]) -> Dataset:

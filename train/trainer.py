@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from lrsa import LRSAConfig
+from lrsa.base import BaseLoading
 from lrsa.hf import config_of, set_config, sliding_windows
 from train.objective import Objective, config_of_step
 from train.resume.checkpoints import replace_text
@@ -24,13 +25,15 @@ class LRSATrainer(ResumableTrainer):
     Args:
         lrsa: the compression that the model was given with `apply_lrsa`, or None for a dense control.
         objective: what a step learns from; a dense control learns from cross-entropy alone.
+        base: how the base model is loaded.
         other arguments: those of `SFTTrainer`.
     """
 
     counted = (*ResumableTrainer.counted, "_kept_and_seen")
 
-    def __init__(self, *args, lrsa: LRSAConfig | None, objective: ObjectiveSettings, **kwargs):
+    def __init__(self, *args, lrsa: LRSAConfig | None, objective: ObjectiveSettings, base: BaseLoading, **kwargs):
         self.lrsa = lrsa
+        self.base = base
         self.objective = objective
         self._kept_and_seen = [0.0, 0.0]
         super().__init__(*args, **kwargs)
@@ -92,6 +95,7 @@ class LRSATrainer(ResumableTrainer):
         super()._save(output_dir, state_dict)
         if self.lrsa is not None:
             self.lrsa.save_pretrained(output_dir or self.args.output_dir)
+        self.base.save_pretrained(output_dir or self.args.output_dir)
 
 
 def kept_tokens(lengths: list[int], lrsa: LRSAConfig | None, windows: list[int | None]) -> float:

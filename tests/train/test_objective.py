@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from trl import SFTConfig
 
 from lrsa import LRSAConfig, apply_lrsa
+from lrsa.base import BaseLoading
 from train.objective import Objective, config_of_step, objective_problems
 from train.settings.schema import ObjectiveSettings
 from train.trainer import LRSATrainer
@@ -43,7 +44,7 @@ def trainer(tmp_path, tokenizer, dataset=None, objective=ALL, lrsa=LRSA, **optio
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
     built = LRSATrainer(
         model=model, args=args, train_dataset=dataset or rows(), processing_class=tokenizer, peft_config=lora,
-        lrsa=lrsa, objective=objective,
+        lrsa=lrsa, objective=objective, base=BaseLoading(),
     )  # fmt: skip
     for name, parameter in built.model.named_parameters():  # a student that differs from its teacher from the start
         if "lora_B" in name:

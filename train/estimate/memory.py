@@ -91,6 +91,9 @@ def predict_memory(plan: Plan) -> Memory:
 def _weights(plan: Plan) -> float:
     """Frozen weights, or a device's part of them and what ZeRO-3 gathers for the layers being computed."""
     whole = plan.shape.parameters * plan.bytes
+    if plan.packed_bytes is not None:  # and one matrix unpacked
+        unpacked = plan.shape.hidden * plan.shape.mlp * plan.bytes
+        return whole - plan.shape.linear * (plan.bytes - plan.packed_bytes) + unpacked
     if plan.zero_stage < 3:
         return whole
     gathered = min(whole, max(plan.live, plan.shape.largest) * plan.bytes)

@@ -33,6 +33,7 @@ class ModelShape:
         targets: projections that carry LoRA, such as `q_proj`.
         qk_norm: whether queries and keys are normalised, as in Qwen3.
         largest: parameters of the largest module, which ZeRO-3 gathers at once.
+        linear: parameters of the linear layers but the head, which a quantised base packs.
     """
 
     layers: int
@@ -48,6 +49,7 @@ class ModelShape:
     targets: frozenset[str]
     qk_norm: bool
     largest: int
+    linear: int = 0
 
     def width_in(self, projection: str) -> int:
         """Input channels of a projection."""
@@ -89,6 +91,7 @@ class Plan:
     offload_optimizer: bool = False
     offload_weights: bool = False
     live: int = 10**9
+    packed_bytes: float | None = None
     selection: bool = False
     distillation: bool = False
 
@@ -116,7 +119,7 @@ def shape_of(model: nn.Module, rank: int) -> ModelShape:
             f"{config.model_type} has no {', '.join(missing)}: memory is known for decoders with q, k, v, o, "
             "gate, up and down projections (Llama, Qwen2, Qwen3, Mistral, ...)."
         )
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    sizes = {name: size_of(p) for name, p in model.named_parameters()}
     trained = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
     heads = config.num_attention_heads
     return ModelShape(
@@ -133,7 +136,18 @@ def shape_of(model: nn.Module, rank: int) -> ModelShape:
         targets=frozenset(name.split(".lora_")[0].rpartition(".")[2] for name in trained),
         qk_norm="q_norm" in names,
         largest=max(sizes.values()),
+        linear=sum(
+            module.in_features * module.out_features
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and ".lora_" not in name and module is not model.get_output_embeddings()
+        ),
     )
+
+
+def size_of(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter, also where ZeRO-3 holds a part of it or a quantised one packs them."""
+    packed = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_numel", parameter.numel() if packed is None else packed.shape.numel())
 
 
 def shape_from_settings(settings: RunSettings) -> ModelShape:
@@ -200,6 +214,7 @@ def plan_run(
         gpus=gpus,
         sp_size=sp_size,
         bytes=size,
+        packed_bytes=_packed_bytes(settings),
         autocast=half and stage == 0 and not train.deepspeed,
         dropout=settings.lora.lora_dropout > 0,
         checkpointing=train.checkpointing,
@@ -235,6 +250,15 @@ def _zero_optimization(deepspeed: str | dict | None) -> dict:
     if isinstance(deepspeed, str):
         deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
     return (deepspeed or {}).get("zero_optimization", {})
+
+
+def _packed_bytes(settings: RunSettings) -> float | None:
+    """Bytes of a quantised weight, with its share of the scales (bitsandbytes: a block of 64, 256 of these)."""
+    if settings.model.quantization is None:
+        return None
+    if settings.model.quantization == "int8":
+        return 1.0
+    return 0.5 + (1 / 64 + 4 / (64 * 256) if settings.model.double_quantization else 4 / 64)
 
 
 def _offloaded(zero: dict, name: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import lrsa
+from lrsa.base import BaseLoading
 from lrsa.evaluation import Results
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
 from lrsa.evaluation.report.tables import TITLES, TRAINING, measurements, setting_name
@@ -98,7 +99,7 @@ def model_card(
         f"# {name}",
         _about(settings),
         f"## Use\n\n{USE.format(**sample)}",
-        *([CUSTOM_GENERATE.format(**sample)] if repo_id else []),
+        *([CUSTOM_GENERATE.format(**sample)] if repo_id and settings.model.loading == BaseLoading() else []),
         f"## Evaluation\n\n{_evaluation(results)}",
         f"## Training\n\n{_training(settings)}",
         *([TRAINING] if (directory / TRAINING_PICTURE).is_file() else []),
@@ -187,6 +188,8 @@ def _training(settings: RunSettings) -> str:
     train, data = settings.train, settings.data
     objective, lora = settings.objective.model_dump(), settings.lora.model_dump(exclude_defaults=True)
     lora = {"r": settings.lora.r, "lora_alpha": settings.lora.lora_alpha} | lora
+    rope = settings.model.rope_scaling
+    scaled = f", positions times {rope.factor:g} ({rope.rope_type})" if rope else ""
     if settings.lora.init_from:
         lora["init_from"] = hub_id(settings.lora.init_from) or "a local adapter"
     length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
@@ -199,7 +202,7 @@ def _training(settings: RunSettings) -> str:
         "batch": f"{train.per_device_train_batch_size} rows per device x "
         f"{train.gradient_accumulation_steps} accumulated",
         "learning rate": f"{train.learning_rate:g}",
-        "base weights": settings.model.dtype,
+        "base weights": settings.model.weights + scaled,
         "seed": train.seed,
         "lrsa": lrsa.__version__,
     }

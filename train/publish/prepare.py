@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrsa import LRSAConfig, PromptFormat
+from lrsa.base import BASE_NAME, BaseLoading
 from lrsa.evaluation import Results
 from lrsa.prompt import PROMPT_NAME
 from train.adapter import ADAPTER_NAME, AdapterError, verify_adapter
@@ -20,7 +21,7 @@ from train.settings.sources import parse
 
 # Of a run's directory, beside config.yaml and the card; the tokenizer under all the names that transformers gives it.
 FILES = (
-    *(ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", PROMPT_NAME),
+    *(ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", PROMPT_NAME, BASE_NAME),
     *("results.json", "report.md", "data_report.md", "*.png"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja", "vocab.*", "merges.txt", "*.model"),
@@ -85,7 +86,7 @@ def write_folder(publication: Publication, license: str | None = None) -> Path:
     """
     run, folder = publication.run, publication.run / PUBLISHED_NAME
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "custom_generate").mkdir(parents=True)
+    folder.mkdir(parents=True)
     values = parse((run / CONFIG_NAME).read_text(encoding="utf-8")).values
     redaction = Redaction(values, publication.base_model, run)
     texts = {CONFIG_NAME: redaction.config()}
@@ -97,7 +98,9 @@ def write_folder(publication: Publication, license: str | None = None) -> Path:
     adapter_config = json.loads(texts["adapter_config.json"]) | {"base_model_name_or_path": publication.base_model}
     texts["adapter_config.json"] = json.dumps(adapter_config, indent=2, sort_keys=True) + "\n"
     card = model_card(publication.settings, run, publication.results, repo_id=publication.repo_id, license=license)
-    texts |= {CARD_NAME: str(card)} | _custom_generate(publication.lrsa, publication.prompt)
+    texts[CARD_NAME] = str(card)
+    if publication.settings.model.loading == BaseLoading():  # else transformers' own loading would give another model
+        texts |= _custom_generate(publication.lrsa, publication.prompt)
     problems = [problem for name, text in texts.items() for problem in remaining_paths(name, text, run)]
     if problems:
         raise SettingsError(problems)

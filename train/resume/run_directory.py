@@ -21,7 +21,8 @@ CONFIG_NAME = "config.yaml"
 PUBLISHED_NAME = "hub"  # what launch/publish.py sent or would send
 RESULTS = ("results.json", "report.md", "score_vs_keep_ratio.png", "training_losses.png")  # of an adapter
 WRITTEN = (
-    *(STATE, ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", "lrsa_prompt.json", "log.jsonl", "README.md"),
+    *(STATE, ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", "lrsa_prompt.json", "lrsa_base.json"),
+    *("log.jsonl", "README.md"),
     *(REPORT_NAME, "data_report.md", *RESULTS, "control"),
     PUBLISHED_NAME,
     CONFIG_NAME,  # last: while it is there, --resume sees which settings belong to what is left

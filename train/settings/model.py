@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lrsa.attention.api import IMPLEMENTATIONS
+from lrsa.base import BaseLoading
 
 Attention = Literal[("auto", *IMPLEMENTATIONS)]
 
@@ -16,6 +17,24 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
     not_here: ClassVar[dict[str, str]] = {}
+
+
+def _rope_type(value: str) -> str:
+    if value == "dynamic":
+        raise ValueError(
+            "cannot be dynamic: its frequencies change with the length that was read, so that the keys in the cache, "
+            "whose scores decide what is kept, would be turned otherwise than in training; use yarn or linear"
+        )
+    if value not in ("yarn", "linear"):
+        raise ValueError(f"must be yarn or linear, got {value!r}")
+    return value
+
+
+class RopeScaling(Section):
+    """How rotary positions are scaled beyond those that the model was trained on."""
+
+    rope_type: Annotated[str, AfterValidator(_rope_type)] = Field(description="yarn or linear.")
+    factor: float = Field(gt=1, description="By how much the model's positions are multiplied.")
 
 
 class ModelSettings(Section):
@@ -28,6 +47,20 @@ class ModelSettings(Section):
         description="Type of the frozen base weights; auto: bfloat16 under train.bf16, float16 under train.fp16, "
         "else float32.",
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Load the linear layers' weights in 4 bits (nf4) or 8 (int8), by bitsandbytes, computing in "
+        "dtype. Not under ZeRO-3.",
+    )
+    double_quantization: bool = Field(True, description="Quantise the scales of nf4 as well.")
+    gguf_file: str | None = Field(
+        None, description="A GGUF file in that directory or repository, to load the model from, dequantised."
+    )
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="Scale rotary positions for rows beyond the model's own, such as {rope_type: yarn, factor: 4}; "
+        "rope_type is yarn or linear. Stored with the adapter, and set again by lrsa.load.",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code from the model's repository.")
     chat_template: str | None = Field(
         None,
@@ -39,6 +72,22 @@ class ModelSettings(Section):
         description="Implementation of LRSA attention in training (docs/performance.md); auto: native on a CPU "
         "with a C++ compiler, else tiled.",
     )
+
+    @model_validator(mode="after")
+    def _one_quantisation(self):
+        if self.quantization and self.gguf_file:
+            raise ValueError("quantization cannot be used with gguf_file: save that model as a folder first")
+        return self
+
+    @property
+    def weights(self) -> str:
+        """The type of the base weights, for people."""
+        return f"{self.quantization}, computing in {self.dtype}" if self.quantization else self.dtype
+
+    @property
+    def loading(self) -> BaseLoading:
+        """What `lrsa.load` has to know of it."""
+        return BaseLoading(self.gguf_file, self.rope_scaling and self.rope_scaling.model_dump())
 
 
 # What PEFT can start from by taking it out of the base weights: with the adapter off, the model is no longer the base.

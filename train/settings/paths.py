@@ -64,8 +64,11 @@ def with_model_files(source: Source, values: dict, problems: dict[FieldPath, str
         path = source.find("model", "name_or_path")
         if path is not None and path.is_dir():
             result["name_or_path"] = str(path)
-            if not (path / "config.json").is_file():
+            file = values.get("gguf_file")
+            if not isinstance(file, str) and not (path / "config.json").is_file():
                 problems["model", "name_or_path"] = f"{shown(path)} holds no config.json, so it is no model"
+            elif isinstance(file, str) and not (path / file).is_file():
+                problems["model", "gguf_file"] = f"{shown(path)} holds no {file}"
         elif path is not None or name.startswith((".", "/", "~")) or name.count("/") > 1:
             problems["model", "name_or_path"] = f"no such model directory: {name}"
     if isinstance(template, str) and template != "none":

@@ -22,6 +22,7 @@ from trl import SFTConfig
 
 from launch.command_line import explain
 from lrsa import LRSAConfig, apply_lrsa
+from lrsa.base import BaseLoading
 from train.estimate import memory as memory_module
 from train.estimate.advice import helpful_changes
 from train.estimate.devices import DEVICES, this_device
@@ -61,6 +62,7 @@ def trainer_of(directory, lrsa, checkpointing: bool, bf16: bool, **objective) ->
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         lrsa=lrsa,
         objective=ObjectiveSettings(**({"cross_entropy": 1.0} | objective)),
+        base=BaseLoading(),
     )
 
 
