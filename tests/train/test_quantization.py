@@ -116,7 +116,6 @@ def test_two_processes_train_a_quantised_base(workplace, given):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.deepspeed=configs/deepspeed/zero3.json"], "model.quantization: nf4 cannot be used under ZeRO-3"),
         (["model.name_or_path=packed"], "model.quantization: cannot be nf4: "),
         (["model.gguf_file=x.gguf"], "quantization cannot be used with gguf_file"),
         (["model.gguf_file=no.gguf", "model.quantization=null"], "holds no no.gguf"),
@@ -130,6 +129,15 @@ def test_what_cannot_be_quantised(workplace, capsys, overrides, message):
     (workplace / "model" / "x.gguf").touch()
     assert run_here(workplace, *overrides, "train.output_dir=refused") == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_zero_3_splits_no_packed_weights(workplace):
+    """In a process of its own: the settings of ZeRO-3 stay in one."""
+    given = ["train.deepspeed=configs/deepspeed/zero3.json", "train.output_dir=refused"]
+    command = (sys.executable, str(ROOT / "launch" / "train.py"), "--config", "run.yaml", "--set", *given)
+    done = launch(workplace, *command)
+    assert done.returncode == 2 and "model.quantization: nf4 cannot be used under ZeRO-3" in done.stderr
 
 
 def test_bitsandbytes_is_missed_before_the_data(workplace, monkeypatch, capsys):
