@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from lrsa import LRSAConfig
+from lrsa.attention.sliding import held
 from lrsa.base import BaseLoading
 from lrsa.hf import config_of, set_config, sliding_windows
 from train.objective import Objective, config_of_step
@@ -109,7 +110,9 @@ def kept_tokens(lengths: list[int], lrsa: LRSAConfig | None, windows: list[int |
         return float(sum(lengths))
     layers = [(window, lrsa.for_layer(layer)) for layer, window in enumerate(windows)]
     return sum(
-        min(length, window) if window else config.kept_length(length) for window, config in layers for length in lengths
+        held(length, window) if window else config.kept_length(length)
+        for window, config in layers
+        for length in lengths
     ) / len(layers)
 
 

@@ -1,4 +1,5 @@
-"""Attention within a sliding window, for the layers of a model that have one: exact, and without a `T x T` mask.
+"""Attention within a sliding window or a chunk, for the layers of a model that have one: exact, and without a `T x T`
+mask.
 
 Queries are taken in blocks, each over the keys that its window reaches. A block computes `BLOCK + window` keys per
 query where `window` would do, so the cost is linear in the tokens; memory is that of one block's mask.
@@ -20,6 +21,10 @@ from lrsa.attention.softmax import Softmax
 BLOCK = 512
 
 
+class Chunk(int):
+    """A window that does not slide: so many tokens are a chunk of their document, and a query sees those of its own."""
+
+
 def sliding_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -32,7 +37,8 @@ def sliding_attention(
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention in which a query sees itself and the `window - 1` tokens of its document before it.
+    """Causal attention in which a query sees itself and the `window - 1` tokens of its document before it, or those of
+    them that are in its own `Chunk`.
 
     Args and returns as `lrsa_attention`; `window` is counted in real tokens.
     """
@@ -62,14 +68,23 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: 
     out = []
     for start in range(before, length, BLOCK):
         stop = min(start + BLOCK, length)
-        low = max(start - window + 1, 0)
-        distance = torch.arange(start, stop, device=key.device)[:, None] - torch.arange(low, stop, device=key.device)
+        low = max(_first_seen(start, window), 0)
+        at, other = torch.arange(start, stop, device=key.device)[:, None], torch.arange(low, stop, device=key.device)
         out.append(
             attention(
                 query[:, :, start - before : stop - before],
                 key[:, :, low:stop],
                 value[:, :, low:stop],
-                (distance >= 0) & (distance < window),
+                (other <= at) & (other >= _first_seen(at, window)),
             )
         )
     return torch.cat(out, dim=2)
+
+
+def held(seen: int, window: int) -> int:
+    """Of `seen` tokens of a document, how many the token after them may see."""
+    return seen % window if isinstance(window, Chunk) else min(seen, window)
+
+
+def _first_seen(position: int | torch.Tensor, window: int) -> int | torch.Tensor:
+    return position - position % window if isinstance(window, Chunk) else position - window + 1

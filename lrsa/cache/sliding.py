@@ -1,6 +1,7 @@
-"""The cache of a layer with a sliding window: a ring of the last tokens, which a query may read in any order.
+"""The cache of a layer with a sliding window or chunks: a ring of the last tokens, which a query may read in any order.
 
-Token `t` of a row lies at `t % window`, so a new token overwrites the one that leaves the window, and nothing moves.
+Token `t` of a row lies at `t % window`, so a new token overwrites the one that leaves the window, and nothing moves. A
+full chunk is forgotten.
 
 Shapes: B batch, H query heads, G KV heads, T new tokens, S tokens, D head dim.
 """
@@ -15,7 +16,7 @@ from lrsa.cache.rows import RowsLayer, on_device
 
 
 class SlidingLayer(RowsLayer):
-    """The cache of a layer whose queries see themselves and the `window - 1` tokens before."""
+    """The cache of a layer whose queries see themselves and the `window - 1` tokens before, or those of a `Chunk`."""
 
     is_sliding = True
 
@@ -24,7 +25,7 @@ class SlidingLayer(RowsLayer):
         self.window = window
 
     def length(self, seen: int) -> int:
-        return min(seen, self.window)
+        return sliding.held(seen, self.window)
 
     def _place(self, seen: int) -> int:
         return seen % self.window
@@ -44,7 +45,7 @@ class SlidingLayer(RowsLayer):
         """The rings of rows of `lengths` tokens, which come behind `seen - length(seen)` older ones."""
         gone = seen - self.length(seen)
         last = on_device(lengths, keys.device)[:, None] + gone - 1
-        place = torch.arange(self.length(max(lengths) + gone), device=keys.device)
+        place = torch.arange(max(self.length(n + gone) for n in lengths), device=keys.device)
         token = (last - (last - place) % self.window - gone).clamp(min=0)[:, None, :, None]
         return tuple(x.gather(2, token.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values))
 

@@ -57,7 +57,7 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig, impl: str = "auto") -
             "lrsa will compress nothing: every layer of %s slides over its last %d tokens. Load the model with "
             "sliding_window=None to let it attend to everything, which LRSA then compresses.",
             type(base).__name__,
-            text.sliding_window,
+            max(filter(None, sliding_windows(text))),
         )
     return model
 

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from lrsa.attention import lrsa_attention
 from lrsa.attention.documents import find_documents
-from lrsa.attention.sliding import sliding_attention
+from lrsa.attention.sliding import Chunk, sliding_attention
 from lrsa.config import LRSAConfig
 from lrsa.hf.latent import expansion
 from lrsa.hf.layers import NAME, config_of, first_attention, is_recurrent, rotary_switch, window_of
@@ -64,6 +64,8 @@ def lrsa_attention_forward(
         attend = cache.attend_again if shares else cache.attend
         options["shared"] = getattr(module, "store_full_length_kv", False)
         options["follow"] = follow if module.layer_idx == first_attention(module.config) else None
+        if isinstance(window, Chunk):  # its mask restarts positions where chunks begin
+            options["position_ids"] = None
         out = attend(layer, window, query, key, value, impl=impl, **options)
     elif query.shape[2] != key.shape[2]:
         raise ValueError(

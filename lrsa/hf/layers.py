@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from lrsa.attention.sliding import Chunk
 from lrsa.config import LRSAConfig
 
 NAME = "lrsa"
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds in `config.layer_types` that attend
 
 
 def config_of(model) -> LRSAConfig:
@@ -31,7 +33,7 @@ def is_recurrent(config) -> bool:
 def attends(config, layer: int) -> bool:
     """Whether a layer of a text configuration attends to tokens at all."""
     kinds = getattr(config, "layer_types", None)
-    return kinds is None or kinds[layer] in ("full_attention", "sliding_attention")
+    return kinds is None or kinds[layer] in ATTENTION
 
 
 def first_attention(config) -> int:
@@ -40,11 +42,13 @@ def first_attention(config) -> int:
 
 
 def sliding(config, layer: int) -> int | None:
-    """The sliding window that a text configuration gives a layer, unless its model makes no sliding mask at all."""
+    """The sliding window or `Chunk` that a text configuration gives a layer, unless its model makes no such mask."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] == "chunked_attention":
+        return Chunk(config.attention_chunk_size)
     modelling = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
     if modelling is not None and not hasattr(modelling, "create_sliding_window_causal_mask"):
         return None
-    kinds = getattr(config, "layer_types", None)
     slides = kinds is None or kinds[layer] == "sliding_attention"
     return getattr(config, "sliding_window", None) if slides else None
 

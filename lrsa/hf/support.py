@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lrsa.config import LRSAConfig
+from lrsa.hf.layers import ATTENTION
 
-# Kinds of layers in `config.layer_types`.
-ATTENTION = {"full_attention", "sliding_attention"}
+# Kinds of layers in `config.layer_types` beside those that attend.
 RECURRENT = {"linear_attention", "conv"}  # their state is kept beside the cache of the others
 EMPTY = {"mlp", "moe"}
 # Recurrent layers that do not go on from their state over several new tokens, in transformers' own cache neither.

@@ -14,6 +14,7 @@ from lrsa.cache import CACHE_ARGUMENT
 from lrsa.config import LRSAConfig
 from lrsa.evaluation.extra import extra
 from lrsa.evaluation.measure.state import active_config, causal_lm, in_eval_mode
+from lrsa.attention.sliding import held
 from lrsa.hf import has_latents, sliding_windows
 from lrsa.latent import scored
 from lrsa.selection import select_tokens
@@ -74,7 +75,7 @@ def kept_tokens(model, input_ids: Sequence[int]) -> torch.Tensor:
     windows, position = sliding_windows(lm.config), torch.arange(len(input_ids))
     return torch.stack(
         [
-            (position >= len(input_ids) - window).expand(layer.keys.shape[1], -1)
+            (position >= len(input_ids) - held(len(input_ids), window)).expand(layer.keys.shape[1], -1)
             if window
             else _held(*score_by(layer.keys, layer.values), config.for_layer(index))
             for index, (layer, window) in enumerate(zip(cache.layers, windows, strict=True))

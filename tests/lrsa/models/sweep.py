@@ -61,6 +61,7 @@ SPECIAL = [
     ("gpt_bigcode", "a KV head per head", {"multi_query": False}),
     ("gpt_neo", "local layers", {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW}),
     ("llama4_text", "all layers full", {"layer_types": ["full_attention"] * 4}),
+    ("llama4_text", "scaled by position", {"floor_scale": 16}),
     ("smollm3", "layers without RoPE", {"no_rope_layer_interval": 2}),
     ("laguna", "heads by layer", SLIDING | {"num_attention_heads_per_layer": [4, 8, 4, 8]}),
     ("llama", "is_causal=False", {"is_causal": False}),
