@@ -100,12 +100,20 @@ def share_rows(args: SFTConfig, model: PreTrainedModel, selection: bool) -> None
             f"them, got {size}"
         )
         problems.append(Problem("", "parallel.sp_size", text))
-    if is_recurrent(text_config):
-        text = f"must be 1, got {size}: the recurrent layers of {type(model).__name__} need whole rows"
-        problems.append(Problem("", "parallel.sp_size", text))
-    if has_latents(model):
-        text = f"must be 1, got {size}: all heads of {type(model).__name__} share their keys (latent attention)"
-        problems.append(Problem("", "parallel.sp_size", text))
+    reasons = {
+        "its recurrent layers need whole rows": is_recurrent(text_config),
+        "all its heads share their keys (latent attention)": has_latents(model),
+        "it hands the attention sinks of all heads to the attention of some": any(
+            getattr(module, "sinks", None) is not None for module in model.modules()
+        ),
+        "it tells documents apart by a mask, which is dropped (chunked attention)": "chunked_attention"
+        in (getattr(text_config, "layer_types", None) or ()),
+    }
+    problems += [
+        Problem("", "parallel.sp_size", f"must be 1 for {type(model).__name__}, got {size}: {reason}")
+        for reason, holds in reasons.items()
+        if holds
+    ]
     coefficient = getattr(args, "router_aux_loss_coef", None)
     coefficient = getattr(text_config, "router_aux_loss_coef", 0) if coefficient is None else coefficient
     if coefficient and hasattr(text_config, "output_router_logits"):

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache
 
+from lrsa.attention.sliding import held
 from lrsa.cache import CACHE_ARGUMENT
 from lrsa.config import LRSAConfig
 from lrsa.evaluation.extra import extra
 from lrsa.evaluation.measure.state import active_config, causal_lm, in_eval_mode
-from lrsa.attention.sliding import held
 from lrsa.hf import has_latents, sliding_windows
 from lrsa.latent import scored
 from lrsa.selection import select_tokens

@@ -84,9 +84,10 @@ def test_over_the_cache(softcap, chunks):
     options = {"scale": SCALE, "softcap": softcap, "sinks": sinks_of(6).detach()}
     expected = {
         "compressed": lrsa_attention(*states, CONFIG, impl="reference", **options),
-        "sliding": sliding.sliding_attention(*states, 12, **options),
+        **{window: sliding.sliding_attention(*states, window, **options) for window in (12, sliding.Chunk(15))},
     }
-    for kind, layer in (("compressed", CompressedLayer(CONFIG)), ("sliding", SlidingLayer(12))):
+    for kind in expected:
+        layer = CompressedLayer(CONFIG) if kind == "compressed" else SlidingLayer(kind)
         new = zip(*(x.split(chunks, dim=2) for x in states), strict=True)
         found = torch.cat([layer.attend(*part, **options) for part in new], dim=2)
         assert_equal([found], [expected[kind]])

@@ -23,6 +23,7 @@ WORKS = [
     ("granitemoehybrid", ""),
     ("gpt_oss", "sliding"),
     ("gemma2", "soft cap"),
+    ("llama4_text", ""),
 ]
 OPTIONS = {(family, variant): options for family, variant, options in cases()}
 

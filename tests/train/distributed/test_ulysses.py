@@ -13,6 +13,7 @@ from accelerate.utils import HfDeepSpeedConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrsa import LRSAConfig, apply_lrsa, lrsa_attention
+from tests.lrsa.models.build import build
 from tests.tiny_run import make_workplace
 from train.distributed.ulysses import check_sequence_parallel, parallelism_config, share_rows
 from train.settings.defaults import with_defaults
@@ -180,6 +181,13 @@ def test_heads_that_cannot_be_dealt_out(size, monkeypatch):
     args = arguments(size)
     with pytest.raises(SettingsError, match=rf"must divide the model's 8 attention heads, .* 2 KV heads .* got {size}"):
         share_rows(args, model(), selection=False)
+
+
+@pytest.mark.parametrize(("family", "reason"), [("gpt_oss", "attention sinks"), ("llama4_text", "chunked attention")])
+def test_models_whose_heads_cannot_be_told_everything(family, reason, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match=rf"parallel\.sp_size must be 1 for .*{reason}"):
+        share_rows(arguments(2), build(family), selection=False)
 
 
 def test_copies_of_kv_heads_are_not_taught(monkeypatch):
