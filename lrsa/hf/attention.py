@@ -60,13 +60,7 @@ def lrsa_attention_forward(
     if (expand := expansion(module)) is not None:
         options["expand"] = expand
     if cache is not None:
-        _compare(cache.config, config_of(module))
-        attend = cache.attend_again if shares else cache.attend
-        options["shared"] = getattr(module, "store_full_length_kv", False)
-        options["follow"] = follow if module.layer_idx == first_attention(module.config) else None
-        if isinstance(window, Chunk):  # its mask restarts positions where chunks begin
-            options["position_ids"] = None
-        out = attend(layer, window, query, key, value, impl=impl, **options)
+        out = _over_cache(cache, module, layer, window, (query, key, value), options | {"impl": impl, "follow": follow})
     elif query.shape[2] != key.shape[2]:
         raise ValueError(
             'attention "lrsa" generates over its own cache: call model.generate(..., '
@@ -83,6 +77,18 @@ def lrsa_attention_forward(
             out = supervision.attach(module.layer_idx, query, key, value, out, **options)
     # Contiguous, as every attention of transformers returns it: models may call view on it.
     return out[:, :, -tokens:].transpose(1, 2).contiguous(), None
+
+
+def _over_cache(cache, module, layer: int, window: int | None, states: tuple, options: dict) -> torch.Tensor:
+    """Attention of new tokens over what a cache holds, which then takes them in."""
+    _compare(cache.config, config_of(module))
+    attend = cache.attend_again if getattr(module, "is_kv_shared_layer", False) else cache.attend
+    options["shared"] = getattr(module, "store_full_length_kv", False)
+    if module.layer_idx != first_attention(module.config):
+        options["follow"] = None
+    if isinstance(window, Chunk):  # its mask restarts positions where chunks begin
+        options["position_ids"] = None
+    return attend(layer, window, *states, **options)
 
 
 def _documents(attention_mask, position_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
