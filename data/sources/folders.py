@@ -66,8 +66,8 @@ def read_folder(folder: Path, split: str, setting: str) -> Folder | None:
     splits = _text_splits(found, folder) if "text" in kinds else _data_splits(found, folder)
     if split not in splits:
         raise DataError(f"{setting} {folder} has no split {split!r}; its splits are {', '.join(splits)}.")
-    chosen = splits[split]
-    return Folder(chosen, [path for path in paths if path not in set(found)])
+    of_a_split = {path for files in splits.values() for path in files}
+    return Folder(splits[split], [path for path in paths if path not in of_a_split])
 
 
 def _describes(path: Path) -> bool:

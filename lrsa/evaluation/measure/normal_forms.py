@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
-SQUAD = "SQuAD's rule"
+SQUAD = "SQuAD's rule, unless an answer has a sign or point in a number"
 MARKS = "SQuAD's rule, with the signs and points of numbers and marks as in C++ kept"
 ARTICLES = "SQuAD's rule, with articles kept"
 VERBATIM = "words as they are written"
@@ -36,6 +36,12 @@ def rule_of(gold: str) -> str:
     if _MARKS.search(_THOUSANDS.sub("", text)):
         return MARKS
     return next((rule for rule in (SQUAD, ARTICLES) if words(gold, rule)), VERBATIM)
+
+
+def rule_for(answer: str, gold: str) -> str:
+    """`rule_of` the correct answer, unless the answer has signs that it would not see: 1.5 is not 15."""
+    rule = rule_of(gold)
+    return MARKS if rule == SQUAD and rule_of(answer) == MARKS else rule
 
 
 def words(text: str, rule: str = SQUAD) -> list[str]:

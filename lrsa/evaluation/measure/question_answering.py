@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from lrsa.evaluation.measure.generation import generate_answers
-from lrsa.evaluation.measure.normal_forms import rule_of, words
+from lrsa.evaluation.measure.normal_forms import rule_for, words
 from lrsa.evaluation.score import Score
 
 
@@ -60,7 +60,8 @@ def f1(answer: str, gold: str) -> float:
 
 
 def _words(answer: str, gold: str) -> tuple[list[str], list[str]]:
-    answer, gold, rule = answer.strip(), gold.strip(), rule_of(gold)
+    answer, gold = answer.strip(), gold.strip()
     if "\n" not in gold:
         answer = answer.partition("\n")[0]
+    rule = rule_for(answer, gold)
     return words(answer, rule), words(gold, rule)

@@ -51,6 +51,13 @@ def test_texts_in_sub_folders_are_whole_documents(tmp_path):
         read_records(str(tmp_path), split="test")
 
 
+def test_files_outside_of_every_split_are_named(tmp_path):
+    write(tmp_path, train_jsonl=RECORDS[:8], test_jsonl=RECORDS[8:10], more_jsonl=RECORDS[10:])
+    notes = []
+    assert read_records(str(tmp_path), notes=notes) == RECORDS[:8]
+    assert notes == [f"read 1 of the files in {tmp_path}: train.jsonl; ignored: more.jsonl"]
+
+
 def test_sub_folders_that_are_all_splits_are_splits(tmp_path):
     write(tmp_path, train__a_txt="a", train__more__b_txt="b", validation__c_txt="c")
     assert [record["text"] for record in read_records(str(tmp_path))] == ["a", "b"]
