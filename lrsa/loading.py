@@ -16,6 +16,12 @@ from lrsa.config import LRSAConfig
 from lrsa.hf import apply_lrsa, config_of
 from lrsa.prompt import PromptFormat
 
+# Of an adapter's repository: nothing that is code or a pickle.
+FILES = [
+    *("adapter_config.json", "adapter_model.safetensors", "lrsa_*.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.*", "additional_chat_templates/*.jinja"),
+]
+
 
 class Loaded(NamedTuple):
     """What `load` returns: the model under LRSA, its tokenizer, and a function that makes a new cache."""
@@ -124,4 +130,4 @@ def fetch_adapter(source: str, hub: dict) -> Path | None:
         return None
     if Path(source).is_dir():
         return Path(source)
-    return Path(snapshot_download(source, ignore_patterns=["*/*", "*.bin", "*.pt", "*.pth"], **hub))
+    return Path(snapshot_download(source, allow_patterns=FILES, **hub))

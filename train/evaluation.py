@@ -16,7 +16,7 @@ from lrsa.evaluation import Results, Variant, compare, draw_training, print_repo
 from lrsa.evaluation.layers import choose_layers, save_layers
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
 from lrsa.evaluation.study import save_study, study, summary
-from lrsa.loading import refuse_pickle
+from lrsa.loading import fetch_adapter, refuse_pickle
 from train.adapter import ADAPTER_NAME
 from train.failures import RunFailed, first_line, is_out_of_memory
 from train.model import load_model
@@ -126,6 +126,7 @@ def _options(settings: RunSettings) -> dict:
 
 
 def _on_device(settings: RunSettings, model):
+    model.lrsa_impl = settings.model.attention  # see `with_attention`
     if settings.model.quantization is not None:  # it is where it was quantised
         return model
     return model.to("cuda" if torch.cuda.is_available() and not settings.train.use_cpu else "cpu")
@@ -139,13 +140,15 @@ def save_training_losses(run: Path, out: Path) -> None:
 
 def load_variants(settings: RunSettings, adapter: str | Path) -> tuple[LRSAConfig, dict[str, Variant]]:
     """The adapter's compression, and base, control and adapter as variants of one model: weights are loaded once."""
-    control = Path(adapter) / "control"
     base = _on_device(settings, load_model(settings.model))
     try:
-        refuse_pickle(Path(adapter))
-        lrsa = LRSAConfig.from_pretrained(adapter)
-        model = PeftModel.from_pretrained(base, str(adapter), adapter_name=TUNED)
-        models = {BASE: Variant(model, None)}
+        directory = fetch_adapter(str(adapter), {})
+        if directory is None:
+            raise ValueError("it holds no adapter_config.json")
+        refuse_pickle(directory)
+        lrsa = LRSAConfig.from_pretrained(directory)
+        model = PeftModel.from_pretrained(base, str(directory), adapter_name=TUNED)
+        models, control = {BASE: Variant(model, None)}, directory / "control"
         if (control / ADAPTER_NAME).is_file():
             model.load_adapter(str(control), adapter_name=CONTROL)
             models[CONTROL] = Variant(model, CONTROL)

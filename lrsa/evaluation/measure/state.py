@@ -84,17 +84,22 @@ def with_adapter(variant: Variant) -> Iterator[None]:
 
 @contextmanager
 def with_attention(model: PreTrainedModel | PeftModel, config: LRSAConfig | None) -> Iterator[None]:
-    """Run under these LRSA settings, or dense when `None`; afterwards the attention is what it was, also on error."""
+    """Run under these LRSA settings, or dense when `None`; afterwards the attention is what it was, also on error.
+
+    The implementation is the model's: what `apply_lrsa` was given, or `lrsa_impl` of a model that is dense.
+    """
     before = active_config(model)
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    impls = {module.lrsa_impl for module in model.modules() if hasattr(module, "lrsa_impl")}
-    impl = impls.pop() if len(impls) == 1 else "auto"
+    lm = causal_lm(model)
+    impls = {module.lrsa_impl for module in lm.modules() if module is not lm and hasattr(module, "lrsa_impl")}
+    impl = impls.pop() if len(impls) == 1 else getattr(lm, "lrsa_impl", "auto")
     carried = [(found, found.lrsa) for found in configs if hasattr(found, NAME)]  # also by a model that runs dense
     try:
         _attend(model, config, impl)
         yield
     finally:
         _attend(model, before, impl)
+        lm.lrsa_impl = impl
         for found, settings in carried:
             found.lrsa = settings
 
