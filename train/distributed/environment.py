@@ -38,9 +38,11 @@ def start(train: TrainSettings) -> None:
     """Bring up what DeepSpeed and accelerate need, before the first `SFTConfig` is made.
 
     Raises:
-        SettingsError: when `train.deepspeed` is set and DeepSpeed is not installed, or one process sees several GPUs.
+        SettingsError: when `train.deepspeed` is set and DeepSpeed is not installed, one process sees several GPUs, or
+            `accelerate launch` asks for what the settings do not.
         RunFailed: when the processes cannot connect.
     """
+    _refuse_other_plugins(train)
     _share_cores()
     if rank() > 0:
         _hide_progress_bars()
@@ -61,6 +63,20 @@ def stop() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _refuse_other_plugins(train: TrainSettings) -> None:
+    """How weights are divided stands in the settings, so that --resume and the report know it."""
+    asked = [
+        name for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"
+    ]
+    if asked and not (asked == ["DEEPSPEED"] and train.deepspeed):
+        option = f"--use_{asked[0].lower()}"
+        text = (
+            f"is not set, and accelerate launch was given {option}, or a configuration with it: leave that out, and "
+            "set train.deepspeed=deepspeed/zero2.json or zero3.json where the weights shall be divided"
+        )
+        raise SettingsError([Problem("", "train.deepspeed", text)])
 
 
 def _hide_progress_bars() -> None:

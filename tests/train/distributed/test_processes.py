@@ -177,7 +177,7 @@ def test_a_teacher_under_zero_3(workplace):
     script = workplace / "few_logits.py"
     script.write_text(
         f"import runpy, sys\nsys.path[0] = {str(ROOT)!r}\n"
-        "from train import environment\nenvironment.prepare()\n"
+        "from train.distributed import environment\nenvironment.prepare()\n"
         "import train.objective\ntrain.objective.LOGITS = 4000\n"
         f"sys.exit(runpy.run_path({str(SCRIPT)!r})['main']())\n"
     )
