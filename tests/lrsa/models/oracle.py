@@ -39,7 +39,8 @@ def oracle(model: PreTrainedModel, config: LRSAConfig | None) -> Iterator[list[s
         yield calls
     finally:
         for module in latent:
-            del module.expand_kv, module.oracle_latent
+            vars(module).pop("oracle_latent", None)
+            del module.expand_kv
         for name, own in patched.items():
             sys.modules[name].eager_attention_forward = own
 
