@@ -183,7 +183,10 @@ def test_heads_that_cannot_be_dealt_out(size, monkeypatch):
         share_rows(args, model(), selection=False)
 
 
-@pytest.mark.parametrize(("family", "reason"), [("gpt_oss", "attention sinks"), ("llama4_text", "chunked attention")])
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("gpt_oss", "attention sinks"), ("llama4_text", "chunked attention"), ("youtu", "latent attention")],
+)
 def test_models_whose_heads_cannot_be_told_everything(family, reason, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match=rf"parallel\.sp_size must be 1 for .*{reason}"):
