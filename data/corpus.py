@@ -8,18 +8,12 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from data.chat.rows import chat_rows
-from data.question_answering import question_answering_rows
+from data.mixture import Source, mixed_rows, read_sources, streamed_rows
 from data.report import DataReport, compression_warning, length_summary, marked_sample
-from data.rows import Rows, fingerprint, to_dataset
+from data.rows import fingerprint, to_dataset
 from data.settings import DataSettings
 from data.sources.files import DataError
-from data.sources.records import training_and_evaluation
-from data.synthetic.rows import synthetic_rows
-from data.text import text_rows
 from lrsa import PromptFormat
-
-MAKE = {"qa": question_answering_rows, "chat": chat_rows, "text": text_rows, "synthetic": synthetic_rows}
 
 
 @dataclass(frozen=True)
@@ -27,19 +21,22 @@ class Corpus:
     """Rows of a run.
 
     Attributes:
-        train: columns `input_ids` and `labels` (-100: token not trained); at most `context_length` tokens a row.
+        train: columns `input_ids` and `labels` (-100: token not trained); at most `context_length` tokens a row;
+            when streaming, rows are made as they are asked for.
         evaluation: for qa and synthetic `{"prompt", "answers", "input_ids", "prompt_length"}`, where
             `input_ids[:prompt_length]` is the prompt as training rows have it (BOS or chat template included) and
             the rest the first answer with its end; for text `{"input_ids"}`; for chat also `trained`, of every token,
-            and no `answers` where the last one is long.
+            and no `answers` where the last one is long. `source` names the source of a row.
         report: what the rows look like.
         prompt: what stands around prompts and answers of these rows.
+        highest_token: of all rows; when streaming, of those that were looked at.
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset | datasets.IterableDataset
     evaluation: list[dict]
     report: DataReport
     prompt: PromptFormat
+    highest_token: int
 
 
 def load(settings: DataSettings, tokenizer, seed: int, smallest_compressed: int) -> Corpus:
@@ -53,10 +50,21 @@ def load(settings: DataSettings, tokenizer, seed: int, smallest_compressed: int)
     Raises:
         DataError: data that is missing, empty, or not in the layout that the settings say; it says what to change.
     """
-    prompt = prompt_format(settings, tokenizer)
-    notes: list[str] = []
-    rows = MAKE[settings.kind](settings, tokenizer, seed, prompt, training_and_evaluation(settings, notes))
-    rows.notes[:0] = notes
+    sources = read_sources(settings, tokenizer, seed)
+    for source in sources:
+        _check(source)
+    mixed = mixed_rows(sources, settings, seed)
+    rows = [row for _, row in mixed]
+    evaluation = [row | {"source": source.name} for source in sources for row in source.rows.evaluation]
+    prompt = next((source.prompt for source in sources if source.settings.kind != "text"), sources[0].prompt)
+    train = streamed_rows(sources, settings, seed) if settings.streaming else to_dataset(rows)
+    highest = max(max(int(row.input_ids.max()) for row in rows), *(max(row["input_ids"]) for row in evaluation), 0)
+    report = _report(sources, mixed, evaluation, settings, tokenizer, smallest_compressed)
+    return Corpus(train, evaluation, report, prompt, highest)
+
+
+def _check(source: Source) -> None:
+    rows, settings = source.rows, source.settings
     if not rows.train:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in _counted(rows.dropped).items())
         raise DataError(f"data: {rows.source} leaves no row to train on. Dropped: {reasons or 'nothing'}.")
@@ -68,44 +76,50 @@ def load(settings: DataSettings, tokenizer, seed: int, smallest_compressed: int)
         rows.notes.append(
             f"{len(rows.evaluation)} evaluation rows could be had, of data.eval_rows = {settings.eval_rows}"
         )
-    report = _report(rows, settings, tokenizer, smallest_compressed)
-    return Corpus(to_dataset(rows.train), rows.evaluation, report, rows.prompt or prompt)
 
 
-def prompt_format(settings: DataSettings, tokenizer) -> PromptFormat:
-    """What stands around prompts and answers: that of the chat template, but for text, where no one is asked.
-
-    Raises:
-        DataError: when the chat template cannot be used.
-    """
-    try:
-        return PromptFormat.plain(tokenizer) if settings.kind == "text" else PromptFormat.of(tokenizer)
-    except ValueError as error:
-        raise DataError(f"data.kind {settings.kind}: {error}") from error
-
-
-def _report(rows: Rows, settings: DataSettings, tokenizer, smallest_compressed: int) -> DataReport:
-    lengths = [len(row.input_ids) for row in rows.train]
-    trained = int(sum(row.trained.sum() for row in rows.train))
+def _report(
+    sources: list[Source], mixed: list, evaluation: list[dict], settings: DataSettings, tokenizer, smallest: int
+) -> DataReport:
+    rows = [row for _, row in mixed]
+    lengths = [len(row.input_ids) for row in rows]
     numbers, histogram = length_summary(lengths)
-    first = rows.train[0]
+    several, dropped, evaluation_dropped = len(sources) > 1, Counter(), Counter()
+    for source in sources:
+        dropped.update(source.rows.dropped)
+        evaluation_dropped.update(source.rows.evaluation_dropped)
+    notes = [f"{source.name}: {note}" if several else note for source in sources for note in source.rows.notes]
     return DataReport(
-        source=rows.source,
-        kind=settings.kind,
-        rows=len(rows.train),
-        evaluation_rows=len(rows.evaluation),
+        source=", ".join(source.rows.source for source in sources),
+        kind=" + ".join(dict.fromkeys(source.settings.kind for source in sources)),
+        rows=len(rows),
+        evaluation_rows=len(evaluation),
         context_length=settings.context_length,
-        smallest_compressed=smallest_compressed,
+        smallest_compressed=smallest,
         lengths=numbers,
         histogram=histogram,
-        compressed_share=float(np.mean(np.asarray(lengths) > smallest_compressed)),
-        trained_share=trained / sum(lengths),
-        dropped=_counted(rows.dropped),
-        evaluation_dropped=_counted(rows.evaluation_dropped),
-        sample=marked_sample(tokenizer, first.input_ids.tolist(), first.trained.tolist()),
-        fingerprints={"train": fingerprint(rows.train), "evaluation": fingerprint(rows.evaluation)},
-        notes=rows.notes,
-        warning=compression_warning(lengths, smallest_compressed),
+        compressed_share=float(np.mean(np.asarray(lengths) > smallest)),
+        trained_share=sum(int(row.trained.sum()) for row in rows) / sum(lengths),
+        dropped=_counted(dropped),
+        evaluation_dropped=_counted(evaluation_dropped),
+        sample=marked_sample(tokenizer, rows[0].input_ids.tolist(), rows[0].trained.tolist()),
+        fingerprints={"train": fingerprint(rows), "evaluation": fingerprint(evaluation)},
+        notes=notes,
+        warning=compression_warning(lengths, smallest),
+        sources=[_line(number, source, mixed) for number, source in enumerate(sources)] if several else [],
+        streaming=settings.streaming,
+    )
+
+
+def _line(number: int, source: Source, mixed: list) -> str:
+    """What the report says about one source of several."""
+    own = [row for owner, row in mixed if owner == number]
+    tokens, every = (sum(len(row.input_ids) for row in rows) for rows in (own, [row for _, row in mixed]))
+    rows = source.rows
+    dropped = "; ".join(f"{count}: {reason}" for reason, count in _counted(rows.dropped).items())
+    return (
+        f"{source.name}: {source.settings.kind}, {len(own)} of {len(rows.train)} rows to train on, "
+        f"{tokens / every:.1%} of the tokens, {len(rows.evaluation)} to evaluate on; dropped: {dropped or 'nothing'}"
     )
 
 

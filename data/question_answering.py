@@ -62,7 +62,7 @@ def _read(
     layout = layout_of(first, settings.format, columns)
     fill = settings.distractors == "pool"
     fill |= settings.distractors == "auto" and short_passages(first, layout, columns)
-    train = read_questions(records.train, layout, columns, settings.source, passages, result.dropped)
+    train = read_questions(records.train, layout, columns, settings.source, passages, result.dropped, records.first)
     if evaluation is None:
         return train, None, fill
     layout, source = layout_of(evaluation[0], settings.format, columns), settings.evaluation_source

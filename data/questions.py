@@ -44,12 +44,13 @@ def read_questions(
     source: str,
     passages: DistinctTexts,
     dropped: Counter,
+    first: int = 0,
 ) -> list[Question]:
     """The questions of `records`; passages get numbers in `passages`, left-out questions are counted in `dropped`.
 
     Args:
         layout: squad, hotpotqa or generic, from `layout_of`.
-        source: what error messages call the records.
+        source: what error messages call the records, whose numbers begin at `first`.
 
     Raises:
         DataError: a missing column, or a record that does not fit the layout.
@@ -57,7 +58,7 @@ def read_questions(
     names = [] if layout == "squad" else columns_of(records, ("question", "context", "answers"), columns, source, "qa")
     entries_of = {"squad": _squad, "hotpotqa": _hotpotqa, "generic": _generic}[layout]
     found = []
-    for number, record in enumerate(records):
+    for number, record in enumerate(records, first):
         try:
             entries = [
                 (_text(question, "question"), _clean(gold, "context"), _clean(own, "context"), _clean(said, "answer"))

@@ -36,6 +36,8 @@ class DataReport:
             them, such as files, tokenizer and chat template, cannot change them unnoticed.
         sample: the first row decoded, as `[text, is trained]` pieces.
         notes: what is worth knowing about this data; warning: set when hardly anything would be compressed.
+        sources: a line on each, where there are several.
+        streaming: whether all this is only about the first rows, for the others will be made as they are needed.
     """
 
     source: str
@@ -54,6 +56,8 @@ class DataReport:
     sample: list[list]
     notes: list[str] = field(default_factory=list)
     warning: str | None = None
+    sources: list[str] = field(default_factory=list)
+    streaming: bool = False
 
     def print(self, console: Console) -> None:
         """Show the report on a terminal."""
@@ -80,9 +84,10 @@ class DataReport:
         (directory / "data_report.md").write_text(self._markdown(), encoding="utf-8")
 
     def _facts(self) -> list[tuple[str, str]]:
-        numbers = self.lengths
+        numbers, more = self.lengths, " (the first ones, all others are made as they are needed)" * self.streaming
         facts = [
-            ("rows", f"{self.rows} to train on, {self.evaluation_rows} to evaluate on"),
+            ("rows", f"{self.rows}{more} to train on, {self.evaluation_rows} to evaluate on"),
+            *(("source", line) for line in self.sources),
             (
                 "tokens per row",
                 f"{numbers['shortest']:.0f} to {numbers['longest']:.0f}, median {numbers['median']:.0f} "

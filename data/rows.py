@@ -45,11 +45,13 @@ class Records:
     Attributes:
         train, evaluation: records; evaluation is None where rows are held out of `train`.
         held: normal forms of what is evaluated elsewhere, and therefore not trained on.
+        first: number of the first record to train on, for messages.
     """
 
     train: list[dict]
     evaluation: list[dict] | None = None
     held: frozenset[str] = frozenset()
+    first: int = 0
 
 
 @dataclass
@@ -79,6 +81,11 @@ def to_dataset(rows: Sequence[Row]) -> datasets.Dataset:
     blocks = [_block(rows[start : start + _BLOCK]) for start in range(0, len(rows), _BLOCK)]
     # Of its own accord datasets pickles the whole table to name it.
     return datasets.Dataset(pa.concat_tables(blocks), fingerprint=fingerprint(rows))
+
+
+def columns_of_row(row: Row) -> dict[str, np.ndarray]:
+    """The same columns of one row."""
+    return {"input_ids": row.input_ids, "labels": np.where(row.trained, row.input_ids, NOT_TRAINED).astype(np.int32)}
 
 
 def fingerprint(rows: Sequence[Row] | Sequence[dict]) -> str:

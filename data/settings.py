@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 DEFAULT_TEMPLATE = (
     "Read the passages and answer the question with a few words from them.\n\n"
@@ -38,8 +39,8 @@ class SyntheticSettings(BaseModel):
     rows: int = Field(4000, ge=1, description="Number of training rows; evaluation rows come on top.")
 
 
-class DataSettings(BaseModel):
-    """The `data` section: where the rows come from, how long they get, and what is held out for evaluation."""
+class SourceSettings(BaseModel):
+    """One source of rows: where they come from, what is made of them, and what is held out for evaluation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -79,11 +80,10 @@ class DataSettings(BaseModel):
         description="Layout of qa records; generic: columns question, context (a text or a list) and answers; auto "
         "decides by the first record.",
     )
-    context_length: int = Field(
-        4096, ge=8, description="Maximum tokens per row: prompt, answer and end-of-text token together."
-    )
     max_rows: int | None = Field(
-        None, ge=1, description="Maximum number of training rows, drawn at random; all when not set."
+        None,
+        ge=1,
+        description="Maximum number of training rows, drawn at random (the first ones when streaming); default all.",
     )
     prompt_template: str = Field(
         DEFAULT_TEMPLATE,
@@ -180,3 +180,74 @@ class DataSettings(BaseModel):
                 f"got {after_context[:20]!r}: put the question after it, or a line such as 'Answer:'"
             )
         return template
+
+
+class ListedSource(SourceSettings):
+    """An entry of `data.sources`."""
+
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Share of the training rows that come from this source, in relation to the other weights. Without "
+        "weights every row of every source is used once.",
+    )
+
+
+class DataSettings(SourceSettings):
+    """The `data` section: one source, or several in `sources`."""
+
+    kind: KINDS | None = Field(None, description=f"{SourceSettings.model_fields['kind'].description} Not with sources.")
+    context_length: int = Field(
+        4096, ge=8, description="Maximum tokens per row: prompt, answer and end-of-text token together."
+    )
+    sources: Annotated[list[ListedSource], Field(min_length=1)] | None = Field(
+        None,
+        description="Several sources, each with the settings of this section but context_length, streaming and "
+        "stopping_strategy, and with a weight; kinds may differ. Each has held-out rows and a report of its own.",
+    )
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
+        "first_exhausted",
+        description="With weights: stop when the first source has no row left, so that none is used twice, or when the "
+        "last one has none, the others starting again (as of datasets.interleave_datasets).",
+    )
+    streaming: bool = Field(
+        False,
+        description="Read records and make rows as training needs them, in the order of the files, for data that does "
+        "not fit into memory. Needs train.max_steps. Rows are held out of the first thousand records, among which "
+        "distractors of qa are drawn, too; later thousands have their own.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source_or_several(self) -> DataSettings:
+        if self.sources is None:
+            if self.kind is None:
+                raise ValueError("kind must be set (one of qa, chat, text, synthetic), or sources with a kind each")
+            return self
+        defaults = SourceSettings.model_fields.items()
+        moved = [
+            name
+            for name, field in defaults
+            if name != "kind" and getattr(self, name) != field.get_default(call_default_factory=True)
+        ]
+        moved += ["kind"] if self.kind else []
+        if moved:
+            raise ValueError(f"with sources, {', '.join(sorted(moved))} must be set in each of them")
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f"sources: weight must be set for all of them or for none, missing in {weighted.index(False)}"
+            )
+        if self.streaming and len(weighted) > 1 and not all(weighted):
+            raise ValueError("streaming several sources needs a weight for each: they may have no end")
+        return self
+
+    def each(self) -> dict[str, DataSettings]:
+        """The settings of every source by a short name, such as `questions.json`; one without `sources`."""
+        found: dict[str, DataSettings] = {}
+        for source in self.sources or [self]:
+            values = {name: getattr(source, name) for name in SourceSettings.model_fields}
+            one = DataSettings(**values, context_length=self.context_length, streaming=self.streaming)
+            name = one.origin if one.path is None else Path(one.origin).name
+            count = sum(other.partition(" #")[0] == name for other in found)
+            found[f"{name} #{count + 1}" if count else name] = one
+        return found

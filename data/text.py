@@ -9,7 +9,7 @@ EOS, which is trained, unless `end_of_document` is false; joined documents witho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -38,24 +38,19 @@ def text_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
     """
     result, encoder = Rows(source=settings.origin), Encoder(tokenizer)
     rng = np.random.default_rng([seed, 0])
-    every = read_documents(records.train, settings.columns, settings.source, result.dropped)
-    elsewhere, held = records.held, []
-    if records.evaluation is not None:
+    documents = read_documents(records.train, settings.columns, settings.source, result.dropped, records.first)
+    if records.evaluation is None:
+        train, evaluation = _held_out(documents, encoder, settings, rng, result, records.held)
+    else:
         held = read_documents(
             records.evaluation, settings.columns, settings.evaluation_source, result.evaluation_dropped
         )
-        elsewhere = elsewhere | set(map(normal_form, held))
-    documents = [document for document in every if normal_form(document) not in elsewhere]
-    result.dropped[EVALUATED] += len(every) - len(documents)
-    if records.evaluation is None:
-        train, evaluation = _held_out(documents, encoder, settings, rng, result)
-    else:
+        result.held = set(map(normal_form, held))
         found = _rows(_encoded(held, encoder, settings), settings, tokenizer, result.evaluation_dropped)
         evaluation = [found[i] for i in chosen(len(found), settings.eval_rows, rng)]
         result.evaluation_dropped[EVALUATION_NOT_CHOSEN] += len(found) - len(evaluation)
-        train = _rows(_encoded(documents, encoder, settings), settings, tokenizer, result.dropped)
-        result.held = set(map(normal_form, held))
-    result.seen = set(map(normal_form, documents)) - result.held
+        kept = _without(documents, result.held | records.held, result)
+        train = _rows(_encoded(kept, encoder, settings), settings, tokenizer, result.dropped)
     result.notes += [_end_note(settings, tokenizer), *encoder.notes()]
     result.train = [Row(train[i], prompt_length=0) for i in chosen(len(train), settings.max_rows, rng)]
     result.dropped[NOT_CHOSEN] += len(train) - len(result.train)
@@ -71,26 +66,35 @@ def _end_note(settings: DataSettings, tokenizer) -> str:
     return "the end of a document is not trained (data.end_of_document: false): the model may unlearn to stop"
 
 
+def _without(documents: list[str], held: Set[str], result: Rows) -> list[str]:
+    """The documents that are evaluated nowhere, which are those to train on."""
+    kept = [document for document in documents if normal_form(document) not in held]
+    result.dropped[EVALUATED] += len(documents) - len(kept)
+    result.seen = set(map(normal_form, kept))
+    return kept
+
+
 def _held_out(
-    texts: list[str], encoder: Encoder, settings: DataSettings, rng: np.random.Generator, result: Rows
+    texts: list[str], encoder: Encoder, settings: DataSettings, rng: np.random.Generator, result: Rows, other: Set[str]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Rows to train on and to evaluate on."""
+    """Rows to train on and to evaluate on; `other` documents are evaluated elsewhere, in normal form."""
     length, wanted, tokenizer = settings.context_length, settings.eval_rows, encoder.tokenizer
     documents = _encoded(texts, encoder, settings)
     if settings.join_documents:  # then tokens are counted, for a row has no document of its own
         taken = _hold_out([len(ids) for ids in documents], wanted * length, rng)
     else:
         taken = _hold_out([-(-len(ids) // length) for ids in documents], wanted, rng)
-    if not taken and wanted:
-        rows = _rows(documents, settings, tokenizer, result.dropped)
-        border = len(rows) - min(wanted, len(rows) // 2)
-        result.notes.append("no document is short enough to be held out whole: the last rows are held out instead")
-        return rows[:border], rows[border:]
-    held = set(taken)
-    result.held = {normal_form(texts[i]) for i in held}
-    train = _rows([ids for i, ids in enumerate(documents) if i not in held], settings, tokenizer, result.dropped)
-    evaluation = _rows([documents[i] for i in sorted(held)], settings, tokenizer, result.evaluation_dropped)[:wanted]
-    return train, evaluation
+    result.held = {normal_form(texts[i]) for i in taken}
+    evaluation = _rows([documents[i] for i in sorted(taken)], settings, tokenizer, result.evaluation_dropped)[:wanted]
+    of_text = dict(zip(texts, documents, strict=True))
+    own = set(taken)
+    kept = _without([text for i, text in enumerate(texts) if i not in own], other, result)
+    rows = _rows([of_text[text] for text in kept], settings, tokenizer, result.dropped)
+    if taken or not wanted:
+        return rows, evaluation
+    border = len(rows) - min(wanted, len(rows) // 2)
+    result.notes.append("no document is short enough to be held out whole: the last rows are held out instead")
+    return rows[:border], rows[border:]
 
 
 def _hold_out(sizes: Sequence[int], wanted: int, rng: np.random.Generator) -> list[int]:
@@ -117,7 +121,9 @@ def _rows(documents: Sequence[np.ndarray], settings: DataSettings, tokenizer, dr
     return [row for ids in documents for row in split_document(ids, bos, length, dropped)]
 
 
-def read_documents(records: list[dict[str, Any]], columns: dict[str, str], source: str, dropped: Counter) -> list[str]:
+def read_documents(
+    records: list[dict[str, Any]], columns: dict[str, str], source: str, dropped: Counter, first: int = 0
+) -> list[str]:
     """The documents of `records`, each text once; empty and repeated ones are counted in `dropped`.
 
     Raises:
@@ -125,7 +131,7 @@ def read_documents(records: list[dict[str, Any]], columns: dict[str, str], sourc
     """
     [text_column] = columns_of(records, ("text",), columns, source, "text")
     documents = DistinctTexts()
-    for number, record in enumerate(records):
+    for number, record in enumerate(records, first):
         text = record.get(text_column)
         if not isinstance(text, str):
             raise DataError(f"{source}: record {number} holds no text in column {text_column!r}, but {text!r:.200}.")

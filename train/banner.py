@@ -41,7 +41,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
     """The banner's lines as `(name, text)`."""
     sizes = [(size_of(p), p.requires_grad) for p in trainer.model.parameters()]
     total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    args, rows = trainer.args, len(trainer.train_dataset)
+    args, rows = trainer.args, report.rows if report.streaming else len(trainer.train_dataset)
     groups = args.world_size // settings.parallel.sp_size
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * groups
     per_epoch = math.ceil(math.ceil(rows / (args.per_device_train_batch_size * groups))
@@ -50,9 +50,11 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
     processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
     if groups < args.world_size:
         processes = f"{groups} {'group' if groups == 1 else 'groups'} of sp_size {settings.parallel.sp_size}"
-    packed = f", packed into {rows}" if args.packing else ""
     limit = trainer.time_limit.minutes
     minutes = "" if limit is None else f"as many as {limit:g} minutes allow, at most "
+    packed = " looked at, more are made as they are needed" if report.streaming else ""
+    packed = f", packed into {rows}" if args.packing and not report.streaming else packed
+    epochs = "" if report.streaming else f"{steps / max(per_epoch, 1):.2f} epochs, "
     lines = [
         ("model", f"{settings.model.name_or_path}, {_count(total)} parameters in {settings.model.weights}"),
         ("adapter", f"LoRA r {settings.lora.r} on {_targets(trainer)}; {_count(trainable)} parameters trained "
@@ -62,7 +64,7 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
         ("batch", f"{args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} accumulated x "
                   f"{processes} = {per_step} rows per step"),
         ("data", f"{report.rows} rows{packed}, {report.compressed_share:.1%} long enough to be compressed"),
-        ("steps", f"{minutes}{steps}, {steps / max(per_epoch, 1):.2f} epochs, learning rate {args.learning_rate:g}"),
+        ("steps", f"{minutes}{steps}, {epochs}learning rate {args.learning_rate:g}"),
         ("machine", _machine(trainer)),
         ("memory", _memory(settings, trainer, report)),
         ("output", str(args.output_dir)),

@@ -134,8 +134,9 @@ def train_adapter(
     if environment.rank() == 0:
         discard_results(Path(settings.train.output_dir))
     trainer = _trainer(settings, args, corpus, tokenizer, lrsa)
-    lost = _tokens(corpus.train) - _tokens(trainer.train_dataset)
-    assert lost == 0, f"TRL dropped {lost} tokens of rows that were ready"
+    if not settings.data.streaming:
+        lost = _tokens(corpus.train) - _tokens(trainer.train_dataset)
+        assert lost == 0, f"TRL dropped {lost} tokens of rows that were ready"
     print_banner(console, settings, trainer, corpus.report)
     try:
         newest = newest_checkpoint(Path(args.output_dir), trainer.made_by, console) if resume else None
@@ -164,7 +165,7 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
     """Base model with its attention set, LoRA and trainer; what the libraries refuse becomes a SettingsError."""
     model = load_model(settings.model)
     problems = module_problems(settings.lora, model)
-    problems += token_problems(tokenizer, _highest_token(corpus), model)
+    problems += token_problems(tokenizer, corpus.highest_token, model)
     problems += [] if lrsa is None else objective_problems(settings.objective, lrsa, model)
     if problems:
         raise SettingsError(problems)
@@ -207,11 +208,6 @@ def _loss_rows(evaluation: list[dict]) -> Dataset:
 
 def _tokens(rows: Dataset) -> int:
     return sum(pyarrow.compute.sum(pyarrow.compute.list_value_length(ids)).as_py() for ids in _input_ids(rows))
-
-
-def _highest_token(corpus: data.Corpus) -> int:
-    trained = [pyarrow.compute.max(pyarrow.compute.list_flatten(ids)).as_py() for ids in _input_ids(corpus.train)]
-    return max(trained + [max(row["input_ids"]) for row in corpus.evaluation])
 
 
 def _input_ids(rows: Dataset) -> Iterator[pyarrow.Array]:

@@ -49,12 +49,12 @@ class Completion:
 
 
 def read_chats(
-    records: list[dict[str, Any]], columns: dict[str, str], source: str, dropped: Counter
+    records: list[dict[str, Any]], columns: dict[str, str], source: str, dropped: Counter, first: int = 0
 ) -> list[Chat | Completion]:
     """The chats of records; those without an answer to learn from are counted in `dropped`.
 
     Args:
-        source: what error messages call the records.
+        source: what error messages call the records, whose numbers begin at `first`.
 
     Raises:
         DataError: no such columns, or a record or a message that is no chat; with its number.
@@ -67,7 +67,7 @@ def read_chats(
             f"completion, instruction and output; {chat_advice(records[0])}"
         )
     read, chats = {"messages": _messages, "prompt": _completion, "instruction": _instruction}[layout], []
-    for number, record in enumerate(records):
+    for number, record in enumerate(records, first):
         try:
             chat = read(number, record, columns)
         except ValueError as error:

@@ -32,7 +32,8 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
         DataError: when the data cannot be used, or cannot be split.
     """
     result = Rows(source=settings.origin)
-    chats = _distinct(read_chats(records.train, settings.columns, settings.source, result.dropped), result.dropped)
+    chats = read_chats(records.train, settings.columns, settings.source, result.dropped, records.first)
+    chats = _distinct(chats, result.dropped)
     builder = _Builder(settings, tokenizer, turn, chats)
     rng = np.random.default_rng([seed, 0])
     if records.evaluation is None:

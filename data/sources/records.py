@@ -7,7 +7,6 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from data.rows import Records
 from data.settings import DataSettings
 from data.sources.files import DataError, ending, kind_of, records_of, shown
 from data.sources.folders import read_folder
@@ -119,14 +118,6 @@ def _saved_dataset(folder: Path, split: str, setting: str) -> Iterator[dict[str,
 def _rows(table) -> Iterator[dict[str, Any]]:
     """The records of a data set, a thousand at a time."""
     return (record for batch in table.with_format("arrow").iter(_BATCH) for record in batch.to_pylist())
-
-
-def training_and_evaluation(settings: DataSettings, notes: list[str]) -> Records:
-    """What rows are made of, apart from those that are generated."""
-    if settings.path is None:
-        return Records([])
-    train = read_records(settings.path, settings.name, settings.split, notes=notes)
-    return Records(train, read_evaluation_records(settings, notes))
 
 
 def read_evaluation_records(settings: DataSettings, notes: list[str] | None = None) -> list[dict[str, Any]] | None:

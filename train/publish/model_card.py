@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import lrsa
+from data import DataSettings
 from lrsa.base import BaseLoading
 from lrsa.evaluation import Results
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
@@ -83,7 +84,7 @@ def model_card(
         license: the Hub's identifier of a licence; left out when not given, because a run does not know it.
     """
     name = (repo_id or directory.resolve().name).split("/")[-1]
-    hub_data = [path for path in _listed(settings.data.path) if hub_id(path)]
+    hub_data = [path for one in settings.data.each().values() for path in _listed(one.path) if hub_id(path)]
     data = ModelCardData(
         base_model=hub_id(settings.model.name_or_path),
         datasets=hub_data or None,
@@ -124,7 +125,7 @@ def _listed(path: str | list[str] | None) -> list[str]:
 
 def eval_results(settings: RunSettings, results: Results) -> list[EvalResult]:
     """Every score of the adapter, one entry for each metric and cache, for the card's `model-index`."""
-    data = settings.data
+    data = next(iter(settings.data.each().values()))
     evaluated = data.eval_path or data.path
     on_hub = {"dataset_config": data.name, "dataset_split": data.eval_split or data.split} if hub_id(evaluated) else {}
     scores = [
@@ -136,7 +137,7 @@ def eval_results(settings: RunSettings, results: Results) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type=hub_id(evaluated) or ("generated" if data.kind == "synthetic" else "local"),
-            dataset_name=f"{_data_name(settings, evaluated)}, held-out rows",
+            dataset_name=f"{_data_name(data, evaluated)}, held-out rows",
             metric_type=metric,
             metric_value=round(score.value, 6),
             metric_name=f"{TITLES[metric].partition(' (')[0]}, {setting_name(results, setting)}",
@@ -147,9 +148,9 @@ def eval_results(settings: RunSettings, results: Results) -> list[EvalResult]:
     ]
 
 
-def _data_name(settings: RunSettings, path: str | list[str] | None) -> str:
+def _data_name(data: DataSettings, path: str | list[str] | None) -> str:
     """What was generated, or for each path a data set's name on the Hub, or the last name of a local path."""
-    data, subset = settings.data, f" ({settings.data.name})" if settings.data.name else ""
+    subset = f" ({data.name})" if data.name else ""
     if path is None:
         return f"generated {data.synthetic.task} rows"
     return ", ".join(f"{one}{subset}" if hub_id(one) else f"local data {Path(one).name}" for one in _listed(path))
@@ -165,7 +166,8 @@ def _about(settings: RunSettings) -> str:
 
 def _sample(settings: RunSettings, source: str) -> dict[str, str]:
     """Source and prompt of the code samples; with the prompt format of the training rows."""
-    prompt, data = "Once upon a time", settings.data
+    prompt, sources = "Once upon a time", list(settings.data.each().values())
+    data = next((one for one in sources if one.kind != "text"), sources[0])
     if data.kind == "qa":
         prompt = data.prompt_template.replace("{context}", "The river was found by Anna.\n\nBen stayed at home.")
         prompt = prompt.replace("{question}", "Who found the river?")
@@ -194,7 +196,8 @@ def _training(settings: RunSettings) -> str:
         lora["init_from"] = hub_id(settings.lora.init_from) or "a local adapter"
     length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
     rows = {
-        "data": f"{_data_name(settings, data.path)}, {data.kind}, rows of up to {data.context_length} tokens",
+        "data": "; ".join(f"{_data_name(one, one.path)}, {one.kind}" for one in data.each().values())
+        + f"; rows of up to {data.context_length} tokens",
         "LRSA": ", ".join(f"{name} {value}" for name, value in settings.lrsa.items()),
         "LoRA": ", ".join(f"{name} {value}" for name, value in lora.items()),
         "objective": ", ".join(f"{name} {value}" for name, value in objective.items() if value is not None),

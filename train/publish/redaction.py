@@ -43,7 +43,10 @@ class Redaction:
         # Free text such as a prompt template may begin with a slash, so only these settings count, and all of train.
         names = [name for name in values if section == "train" or name in PATHS.get(section, ())]
         kept = {name: value for name, value in values.items() if name not in SECRETS}
-        return kept | {name: self._public(values[name]) for name in names if name in kept}
+        kept |= {name: self._public(values[name]) for name in names if name in kept}
+        if section == "data" and values.get("sources"):
+            kept["sources"] = [self._section("data", source) for source in values["sources"]]
+        return kept
 
     def _public(self, value):
         """A setting without tokens and local paths, however deep they lie in it."""

@@ -46,7 +46,8 @@ def with_defaults(settings: RunSettings, *, use_cpu: bool | None = None) -> RunS
 def _objective(settings: RunSettings) -> ObjectiveSettings:
     """What the experiments in RESULTS.md support: where few tokens are trained, the selection loss teaches which ones
     will be needed; and steps with the full cache keep its score."""
-    best = {"selection": float(settings.data.kind != "text"), "keep_ratios": [1.0, settings.lrsa.keep_ratio]}
+    answers = any(source.kind != "text" for source in settings.data.each().values())
+    best = {"selection": float(answers), "keep_ratios": [1.0, settings.lrsa.keep_ratio]}
     unset = {name: value for name, value in best.items() if getattr(settings.objective, name) is None}
     return settings.objective.model_copy(update=unset)
 

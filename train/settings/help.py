@@ -20,7 +20,7 @@ def sections_help() -> str:
 
 
 def settings_help(model: type[pydantic.BaseModel], prefix: str = "") -> str:
-    """The settings of one section."""
+    """The settings of one section; of a list of settings those that the section itself has not."""
     text = ""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
@@ -30,7 +30,15 @@ def settings_help(model: type[pydantic.BaseModel], prefix: str = "") -> str:
             choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
             meaning = f"{field.description} One of {', '.join(map(str, choices))}." if choices else field.description
             text += _entry(prefix + name, "required" if field.is_required() else _shown(default), meaning)
+            listed = next((part for part in _parts(field.annotation) if hasattr(part, "model_fields")), None)
+            for own in listed.model_fields.keys() - model.model_fields.keys() if listed else ():
+                text += _entry(f"{prefix}{name}.N.{own}", "null", listed.model_fields[own].description)
     return text
+
+
+def _parts(annotation: object) -> list:
+    """A type and all types that it is made of."""
+    return [annotation, *(inner for part in typing.get_args(annotation) for inner in _parts(part))]
 
 
 def lrsa_help() -> str:

@@ -129,6 +129,13 @@ def _conflicts(built: dict) -> dict[FieldPath, str]:
         problems["objective", "schedule"] = (
             "shrink divides the steps, whose number is not known with train.max_minutes: use draw, or train.max_steps"
         )
+    if train and data and data.streaming and train.max_steps < 1:
+        problems["train", "max_steps"] = (
+            "must be set with data.streaming, for data that are read as needed have no known end"
+        )
+    if data and data.streaming and built["parallel"] and built["parallel"].sp_size > 1:
+        text = "cannot be used with parallel.sp_size above 1, which shares out rows that are known: set it to false"
+        problems["data", "streaming"] = text
     if lrsa and objective and objective.keep_ratios:
         trained = sorted({lrsa.with_keep_ratio(ratio).top_k for ratio in objective.keep_ratios})
         if lrsa.top_k not in trained:

@@ -27,8 +27,9 @@ def relative_to(values: dict[str, dict], folder: Path) -> dict[str, dict]:
         return values
     result = {section: dict(settings) for section, settings in values.items()}
     for section, names in PATHS.items():
-        for name in names:
-            result[section][name] = _each(result[section].get(name), lambda path: _relative_path(path, here, folder))
+        for settings in (result[section], *(result[section].get("sources") or [])):
+            for name in names:
+                settings[name] = _each(settings.get(name), lambda path: _relative_path(path, here, folder))
     return result
 
 
@@ -49,10 +50,12 @@ def with_data_files(source: Source, values: dict) -> dict:
 
     A path that is not found stays as it is: it may name a data set on the Hub, which only loading can tell.
     """
-    result = dict(values)
-    for name in ("path", "eval_path"):
+    result, listed = dict(values), values.get("sources")
+    for name in PATHS["data"]:
         if name in values:
             result[name] = _each(values[name], lambda path, name=name: str(source.find("data", name, path) or path))
+    if isinstance(listed, list):
+        result["sources"] = [with_data_files(source, one) if isinstance(one, dict) else one for one in listed]
     return result
 
 
