@@ -23,7 +23,7 @@ from train.model import load_model
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
 
-TASKS = {"qa": "qa", "chat": "loss", "text": "loss", "synthetic": "retrieval"}
+TASKS = {"qa": "qa", "chat": "chat", "text": "loss", "synthetic": "retrieval"}
 BASE, CONTROL, TUNED = "base", "dense-LoRA", "LRSA-LoRA"
 
 
@@ -41,10 +41,11 @@ def evaluate_run(
         settings: of the run; `eval` says what is measured, `data.kind` decides the task.
         adapter: directory or Hub id of the adapter, with its lrsa_config.json; the control lies in its `control/`.
         rows: `Corpus.evaluation`.
-        out: where results.json, report.md and the picture go; beside the adapter when not given.
+        out: where results.json, report.md and the picture go; beside the adapter when not given. Of several sources
+            the first goes there, each other one into `evaluation/NAME`.
 
     Returns:
-        the results, or None when there are no rows to evaluate on.
+        the results on the first source, or None when there are no rows to evaluate on.
 
     Raises:
         SettingsError: when there is no adapter, or it does not fit the base model.
@@ -54,18 +55,35 @@ def evaluate_run(
         console.print("No evaluation: data.eval_rows is 0, or there were no rows to hold out")
         return None
     lrsa, models = load_variants(settings, adapter)
-    with _reported(f"The adapter is saved; evaluate it with launch/evaluate.py --run {adapter} --batch-size 1"):
-        results = compare(
-            models, tokenizer, rows[: settings.eval.rows], TASKS[settings.data.kind], lrsa, settings.eval.keep_ratios,
-            max_new_tokens=settings.eval.max_new_tokens, metric=settings.eval.metric, **_options(settings),
-        )  # fmt: skip
-    out = Path(adapter) if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
+    out, found = Path(adapter) if out is None else out, []
     save_training_losses(Path(adapter), out)
-    save_report(results, out)
-    print_report(results, console)
-    console.print(f"report: {out / 'report.md'}")
-    return results
+    for task, own, folder in _by_source(settings, rows, out, console):
+        with _reported(f"The adapter is saved; evaluate it with launch/evaluate.py --run {adapter} --batch-size 1"):
+            results = compare(
+                models, tokenizer, own, task, lrsa, settings.eval.keep_ratios,
+                max_new_tokens=settings.eval.max_new_tokens, metric=settings.eval.metric, **_options(settings),
+            )  # fmt: skip
+        save_report(results, folder)
+        print_report(results, console)
+        console.print(f"report: {folder / 'report.md'}")
+        found.append(results)
+    return found[0]
+
+
+def _by_source(
+    settings: RunSettings, rows: list[dict], out: Path, console: Console
+) -> Iterator[tuple[str, list[dict], Path]]:
+    """Task, rows and folder of every source that has rows."""
+    sources, first = settings.data.each(), True
+    for name, source in sources.items():
+        own = [row for row in rows if row.get("source", name) == name][: settings.eval.rows]
+        if own:
+            if len(sources) > 1:
+                console.print(f"Evaluation on {name}:", markup=False)
+            folder = out if first else out / "evaluation" / name.replace(" ", "_")
+            folder.mkdir(parents=True, exist_ok=True)
+            yield TASKS[source.kind], own, folder
+            first = False
 
 
 def evaluate_model(
@@ -89,22 +107,22 @@ def evaluate_model(
         SettingsError: when a lag, a score or the rows cannot be used.
         RunFailed: when a batch does not fit the memory.
     """
-    model, rows = _on_device(settings, load_model(settings.model)).eval(), rows[: settings.eval.rows]
-    with _reported("Lower eval.batch_size."):
-        results = study(
-            model, tokenizer, rows, TASKS[settings.data.kind], settings.lrsa, settings.eval.keep_ratios, lags=lags,
-            scores=scores, max_new_tokens=settings.eval.max_new_tokens, metric=settings.eval.metric,
-            **_options(settings),
-        )  # fmt: skip
-        save_study(results, out)
-        print_report(results, console)
-        console.print(summary(results).replace("**", ""), soft_wrap=True, markup=False)
-        if layers:
-            choice = choose_layers(model, rows, settings.lrsa, **_options(settings))
-            save_layers(choice, out)
-            console.print(choice.summary().replace("**", ""), soft_wrap=True, markup=False)
-            console.print(f"layers: {out / 'layers.md'}")
-    console.print(f"report: {out / 'report.md'}")
+    model = _on_device(settings, load_model(settings.model)).eval()
+    for task, own, folder in _by_source(settings, rows, out, console):
+        with _reported("Lower eval.batch_size."):
+            results = study(
+                model, tokenizer, own, task, settings.lrsa, settings.eval.keep_ratios, lags=lags, scores=scores,
+                max_new_tokens=settings.eval.max_new_tokens, metric=settings.eval.metric, **_options(settings),
+            )  # fmt: skip
+            save_study(results, folder)
+            print_report(results, console)
+            console.print(summary(results).replace("**", ""), soft_wrap=True, markup=False)
+            if layers:
+                choice = choose_layers(model, own, settings.lrsa, **_options(settings))
+                save_layers(choice, folder)
+                console.print(choice.summary().replace("**", ""), soft_wrap=True, markup=False)
+                console.print(f"layers: {folder / 'layers.md'}")
+        console.print(f"report: {folder / 'report.md'}")
 
 
 @contextmanager

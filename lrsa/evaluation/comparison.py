@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TASKS = ("retrieval", "qa", "loss")
+TASKS = ("retrieval", "qa", "chat", "loss")
 METRICS = ("generation", "loss", "both")
 
 
@@ -40,7 +40,7 @@ def compare(
     models: dict[str, PreTrainedModel | PeftModel | Variant],
     tokenizer,
     rows: Sequence[dict],
-    task: Literal["retrieval", "qa", "loss"],
+    task: Literal["retrieval", "qa", "chat", "loss"],
     config: LRSAConfig,
     keep_ratios: Sequence[float] = (0.5, 0.25, 0.125),
     *,
@@ -59,7 +59,8 @@ def compare(
             the last model with the others.
         tokenizer: decodes answers; not used for `"loss"`, where it may be `None`.
         rows: as `generate_answers` takes them, or `evaluate_loss` for `"loss"`.
-        task: `"retrieval"` and `"qa"` have answers; `"loss"` reads documents.
+        task: `"retrieval"` and `"qa"` have answers; `"loss"` reads documents; `"chat"` reads chats, and generates the
+            last answer of those rows that have `"answers"` to compare it with.
         config: the settings of the training; its own keep ratio is always measured too.
         keep_ratios: shares of a window's tokens to keep, above 0 and at most 1; `top_k` is the nearest whole number.
             What amounts to 1 is left out, being the full cache.
@@ -79,11 +80,11 @@ def compare(
     _check(models, tokenizer, rows, task, metric)
     work = _Work(task, metric, tokenizer, rows, batch_size, max_new_tokens, seed)
     first = next(iter(models.values()))
-    read = [row["input_ids"] if task == "loss" else row["input_ids"][: row["prompt_length"]] for row in rows]
+    read = [row["input_ids"] if work.reads else row["input_ids"][: row["prompt_length"]] for row in rows]
     lengths = list(map(len, read))
     settings = [Setting(setting, _cost(first, setting, read)) for setting in _settings(config, keep_ratios)]
     jobs = {(name, setting.name): _job(models[name], setting) for name in models for setting in settings}
-    bar = Progress(len(set(jobs.values())) * len(work.passes) * len(rows), silent=not progress)
+    bar = Progress(len(set(jobs.values())) * work.size, silent=not progress)
     done: dict[tuple, Cell] = {}
     for (name, setting), job in jobs.items():  # the full cache is the same whatever would be kept of it
         if job not in done:
@@ -92,7 +93,7 @@ def compare(
                 scores, answers = work.measure(_plain(model), bar, f"{name}, {setting}")
             done[job] = Cell(scores, answers, time.perf_counter() - start, kept_share(_plain(model), job[-1], lengths))
     cells = {name: {setting.name: done[jobs[name, setting.name]] for setting in settings} for name in models}
-    expected = [row["answers"] for row in rows] if "generation" in work.passes else None
+    expected = [row["answers"] for row in work.asked] if "generation" in work.passes else None
     return Results(task, config, settings, _describe(read, config), _details(models, work), cells, expected)
 
 
@@ -110,16 +111,34 @@ class _Work:
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """`"generation"`, `"loss"`, or both."""
-        metric = "loss" if self.task == "loss" else self.metric
-        return ("generation", "loss") if metric == "both" else (metric,)
+        """`"generation"`, `"loss"`, or both, the headline first."""
+        if self.task == "loss" or not self.asked:
+            return ("loss",)
+        if self.task == "chat":
+            return ("loss",) if self.metric == "loss" else ("loss", "generation")
+        return ("generation", "loss") if self.metric == "both" else (self.metric,)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the headline comes from reading whole rows."""
+        return self.task in ("chat", "loss")
+
+    @property
+    def size(self) -> int:
+        """Rows of all passes together."""
+        return sum(len(self.asked if name == "generation" else self.rows) for name in self.passes)
+
+    @cached_property
+    def asked(self) -> list[dict]:
+        """The rows whose answers can be generated and compared: of chats those with a short one."""
+        return [row for row in self.rows if self.task != "chat" or row.get("answers")]
 
     @cached_property
     def most_tokens(self) -> int | None:
         """Length of generated answers."""
         if "generation" not in self.passes:
             return None
-        return longest_answer(self.tokenizer, self.rows) if self.max_new_tokens is None else self.max_new_tokens
+        return longest_answer(self.tokenizer, self.asked) if self.max_new_tokens is None else self.max_new_tokens
 
     def measure(self, model, bar: Progress, name: str) -> tuple[dict[str, Score], list[str] | None]:
         """Scores by metric, the headline first, and the generated answers."""
@@ -128,15 +147,16 @@ class _Work:
             bar.begin(name, "accuracy" if self.task == "retrieval" else "F1")
 
             def tell(batch: list[int], found: list[str]) -> None:
-                bar.add(next(iter(self._scores(found, [self.rows[i] for i in batch]).values())).per_row)
+                bar.add(next(iter(self._scores(found, [self.asked[i] for i in batch]).values())).per_row)
 
             options |= {"max_new_tokens": self.most_tokens, "progress": tell}
-            answers = generate_answers(model, self.tokenizer, self.rows, **options)
-            scores = self._scores(answers, self.rows)
+            answers = generate_answers(model, self.tokenizer, self.asked, **options)
+            scores = self._scores(answers, self.asked)
         if "loss" in self.passes:
             bar.begin(name, "loss")
             options = {"batch_size": self.batch_size, "progress": lambda _, losses: bar.add(losses)}
-            scores |= teacher_forced(model, self.rows, seed=self.seed, **options)
+            read = teacher_forced(model, self.rows, seed=self.seed, **options)
+            scores = read | scores if self.reads else scores | read
         if self.task == "loss":
             scores["perplexity"] = perplexity_of(scores["loss"])
         return scores, answers
@@ -194,7 +214,8 @@ def _details(models: dict, work: _Work) -> dict:
     }  # fmt: skip
     device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else lm.device.type
     generates = "generation" in work.passes
-    answers = [answer for row in work.rows for answer in row["answers"]] if generates and work.task == "qa" else []
+    compared = generates and work.task in ("qa", "chat")
+    answers = [answer for row in work.asked for answer in row["answers"]] if compared else []
     return ({"comparison": rules_of(answers)} if answers else {}) | {
         "decoding": "greedy" if generates else None, "batch_size": work.batch_size, "max_new_tokens": work.most_tokens,
         "seed": work.seed, "device": device, "dtype": str(lm.dtype).removeprefix("torch."), "versions": versions,
@@ -213,6 +234,7 @@ def _check(models, tokenizer, rows, task, metric) -> None:
         known = list(getattr(model.model, "peft_config", ())) if isinstance(model, Variant) else []
         if isinstance(model, Variant) and model.adapter is not None and model.adapter not in known:
             raise ValueError(f"model {name!r} has no adapter {model.adapter!r}: it has {', '.join(known)}.")
-    check_rows(rows, ("input_ids",) if task == "loss" else ("input_ids", "prompt_length", "answers"))
+    fields = {"loss": ("input_ids",), "chat": ("input_ids", "prompt_length")}
+    check_rows(rows, fields.get(task, ("input_ids", "prompt_length", "answers")))
     if task != "loss" and metric != "generation" and not all(len(r["input_ids"]) > r["prompt_length"] for r in rows):
         raise ValueError('a row ends with its prompt: append its answer to input_ids, or set metric="generation".')

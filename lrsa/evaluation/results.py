@@ -67,13 +67,13 @@ class Results:
     """The outcome of `compare`.
 
     Attributes:
-        task: `"retrieval"`, `"qa"` or `"loss"`.
+        task: `"retrieval"`, `"qa"`, `"chat"` or `"loss"`.
         config: the settings that the models were trained with; its keep ratio is marked as the trained one.
         settings: the full cache first, then falling keep ratios.
         rows: number and lengths of the rows, and the share of them that is long enough to be compressed.
         details: batch size, seed, versions and the like.
         cells: model name -> setting name -> `Cell`.
-        expected: the correct answers of every row (`None` where none were generated).
+        expected: the correct answers of every row that was generated (`None` where none were).
     """
 
     task: str
@@ -105,7 +105,7 @@ class Results:
 
     @property
     def prefill(self) -> str:
-        return PREFILL["loss" if self.task == "loss" else "generation"]
+        return PREFILL["loss" if self.task in ("chat", "loss") else "generation"]
 
     @property
     def warning(self) -> str | None:

@@ -2,11 +2,15 @@
 
 import copy
 import json
+import shutil
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from data import mixture
 from launch.command_line import explain
 from lrsa import PromptFormat
 from tests.data.chat.test_rows import CHATML, chat, with_template
@@ -42,17 +46,78 @@ def test_a_run_on_chats(workplace):
     assert PromptFormat.from_pretrained(directory) == turn
     assert "Who found the river?" in (directory / "README.md").read_text()
     results = json.loads((directory / "results.json").read_text())
-    assert results["n"] == 4 and results["rows"]["compressed_share"] == 1
+    assert results["n"] == 4 and results["rows"]["compressed_share"] == 1 and len(results["expected"]) == 4
+    cells = {(cell["model"], cell["setting"]): cell["scores"] for cell in results["cells"]}
+    assert cells.keys() == {(model, cache) for model in ("base", "LRSA-LoRA") for cache in ("full", "1/2", "1/4")}
+    assert all([*scores] == ["loss", "token_accuracy", "f1", "exact_match"] for scores in cells.values())
+    assert cells["LRSA-LoRA", "full"]["loss"]["value"] < cells["base", "full"]["loss"]["value"]
 
 
-def run_here(workplace, *overrides, **options) -> int:
+def run_here(workplace, *overrides, config="run.yaml", **options) -> int:
     """The same in this process; returns the exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
-        return explain(lambda: run(load_settings("run.yaml", list(overrides)), **options))
+        return explain(lambda: run(load_settings(config, list(overrides)), **options))
 
 
 def test_a_chat_that_is_none_is_named_with_its_record(workplace, capsys):
     (workplace / "bad.jsonl").write_text('{"messages": [{"role": "boss", "content": "x"}]}\n')
     assert run_here(workplace, "data.path=bad.jsonl", "train.output_dir=runs/bad") == 2
     assert "record 0: message 0: unknown role 'boss'; allowed are" in capsys.readouterr().err
+
+
+SOURCES = [
+    {"kind": "chat", "path": "chats-*.jsonl", "eval_rows": 3, "weight": 2},
+    {"kind": "text", "path": "text.jsonl", "eval_path": "held_out.jsonl", "weight": 1},
+    {"kind": "synthetic", "eval_rows": 2, "weight": 1, "synthetic": {"keys": 2, "digits": 2, "rows": 12}},
+]
+
+
+def test_a_run_on_several_sources(workplace):
+    config = json.loads((workplace / "run.yaml").read_text())
+    config["data"] = {"sources": SOURCES, "context_length": 128}
+    (workplace / "mixed.yaml").write_text(json.dumps(config))
+    assert run_here(workplace, "train.output_dir=runs/mixed", config="mixed.yaml") == 0
+    directory = workplace / "runs" / "mixed"
+    places = [directory, directory / "evaluation" / "text.jsonl", directory / "evaluation" / "synthetic_key_value"]
+    found = [json.loads((place / "results.json").read_text()) for place in places]
+    assert [(results["task"], results["n"]) for results in found] == [("chat", 3), ("loss", 4), ("retrieval", 2)]
+    report = json.loads((directory / "data_report.json").read_text())
+    assert [line.split(",")[0] for line in report["sources"]] == [
+        "chats-*.jsonl: chat", "text.jsonl: text", "synthetic key_value: synthetic",
+    ]  # fmt: skip
+    assert (
+        "local data chats-*.jsonl, chat; local data text.jsonl, text; generated"
+        in (directory / "README.md").read_text()
+    )
+    stored = load_settings(str(directory / "config.yaml")).data
+    assert stored.sources[1].path == str(workplace / "text.jsonl") and stored.sources[0].weight == 2
+
+
+def test_a_streamed_run_resumes_at_the_row(workplace, monkeypatch):
+    monkeypatch.setattr(mixture, "BLOCK", 8)
+    config = json.loads((workplace / "run.yaml").read_text())
+    config["data"] = {
+        "sources": SOURCES,
+        "context_length": 128,
+        "streaming": True,
+        "stopping_strategy": "all_exhausted",
+    }
+    config["eval"] = {"enabled": False}
+    (workplace / "stream.yaml").write_text(json.dumps(config))
+    runs = workplace / "runs"
+    assert run_here(workplace, "train.max_steps=6", "train.output_dir=runs/whole", config="stream.yaml") == 0
+    shutil.copytree(runs / "whole", runs / "again")
+    for name in ("adapter_model.safetensors", "trainer_state.json"):
+        (runs / "again" / name).unlink()
+    shutil.rmtree(runs / "again" / "checkpoint-6")
+    overrides = ["train.max_steps=6", "train.output_dir=runs/again"]
+    assert run_here(workplace, *overrides, config="stream.yaml", resume=True) == 0
+    whole, again = (load_file(runs / name / "adapter_model.safetensors") for name in ("whole", "again"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [line["step"] for line in log_of(runs / "again")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_streaming_needs_a_number_of_steps(workplace, capsys):
+    assert run_here(workplace, "data.streaming=true", "train.max_steps=-1", "train.output_dir=runs/none") == 2
+    assert "train.max_steps must be set with data.streaming" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from train.evaluation import BASE, TASKS
 from train.experiments.arms import Experiment, run_directory, settings_of
 from train.model import load_model, load_tokenizer
 from train.resume.checkpoints import checkpoints
+from train.settings.errors import Problem, SettingsError
 from train.settings.load import load_settings
 
 
@@ -24,6 +25,9 @@ class Scores:
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
         self.settings = load_settings(experiment.config, experiment.settings)
+        if self.settings.data.sources:
+            text = "an experiment measures one kind of rows: set data.kind and data.path in place of sources"
+            raise SettingsError([Problem("", "data.sources", text)])
         model = settings_of(experiment, experiment.versus, experiment.seeds[0]).model
         self.tokenizer = load_tokenizer(model)
         self.base = load_model(model)

@@ -58,7 +58,8 @@ For the length of the call the model runs with the settings of this adapter. Arg
 MEASURED = {
     "qa": "F1 and exact match of greedy answers to held-out questions.",
     "retrieval": "The share of a hidden code's symbols that a greedy answer repeats in place, on held-out rows.",
-    "loss": "The loss on held-out text; of chats on the last answers.",
+    "chat": "The loss on the answers of held-out chats; F1 and exact match of greedy last answers that are short.",
+    "loss": "The loss on held-out text.",
 }
 
 NOT_MEASURED = (

@@ -19,7 +19,7 @@ from train.settings.sources import read_source, shown
 
 CONFIG_NAME = "config.yaml"
 PUBLISHED_NAME = "hub"  # what launch/publish.py sent or would send
-RESULTS = ("results.json", "report.md", "score_vs_keep_ratio.png", "training_losses.png")  # of an adapter
+RESULTS = ("results.json", "report.md", "score_vs_keep_ratio.png", "training_losses.png", "evaluation")  # of an adapter
 WRITTEN = (
     *(STATE, ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", "lrsa_prompt.json", "lrsa_base.json"),
     *("log.jsonl", "README.md"),

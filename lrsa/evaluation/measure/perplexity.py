@@ -45,7 +45,8 @@ def teacher_forced(
 
     Args:
         model: a transformers causal LM or a PEFT model, in the state that shall be measured.
-        rows: each `{"input_ids": [...]}` of at least 2 tokens; with `"prompt_length"` the prompt's tokens do not count.
+        rows: each `{"input_ids": [...]}` of at least 2 tokens; with `"prompt_length"` the prompt's tokens do not count,
+            and with `"trained"`, a bool for every token, only those that it marks.
         batch_size: rows per batch; padded on the right, where no token of the row sees it, so that no mask is needed.
         progress: called after every batch with its row numbers and their losses.
 
@@ -65,7 +66,7 @@ def forced_tokens(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Loss of every predicted token of every row, and whether it had the largest logit; see `teacher_forced`."""
     check_rows(rows, ("input_ids",))
-    firsts = [max(1, row.get("prompt_length", 0)) for row in rows]
+    firsts = [max(1, row["trained"].index(True) if "trained" in row else row.get("prompt_length", 0)) for row in rows]
     for number, (row, first) in enumerate(zip(rows, firsts, strict=True)):
         if len(row["input_ids"]) <= first:
             tokens = len(row["input_ids"])
@@ -75,9 +76,10 @@ def forced_tokens(
         for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):
             tokens = _batch_tokens(causal_lm(model), [rows[i]["input_ids"] for i in batch], [firsts[i] for i in batch])
             for i, pair in zip(batch, tokens, strict=True):
-                found[i] = pair
+                marked = torch.tensor(rows[i]["trained"][firsts[i] :]) if "trained" in rows[i] else slice(None)
+                found[i] = tuple(part[marked] for part in pair)
             if progress is not None:
-                progress(batch, [loss.mean().item() for loss, _ in tokens])
+                progress(batch, [found[i][0].mean().item() for i in batch])
     return found
 
 

@@ -176,7 +176,7 @@ def test_ratio_of_one_is_the_full_cache_and_equal_ratios_are_measured_once(adapt
 
 def test_errors_come_before_any_work(adapted):
     rows = make_rows()
-    with pytest.raises(ValueError, match="task must be one of retrieval, qa, loss, got 'bleu'"):
+    with pytest.raises(ValueError, match="task must be one of retrieval, qa, chat, loss, got 'bleu'"):
         compare({"base": Variant(adapted, None)}, None, rows, "bleu", CONFIG)
     with pytest.raises(ValueError, match="has no adapter 'contrl': it has default, control"):
         compare({"x": Variant(adapted, "contrl")}, None, rows, "loss", CONFIG)

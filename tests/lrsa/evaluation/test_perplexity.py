@@ -89,6 +89,18 @@ def test_row_without_a_token_to_predict_is_named(random_llama):
         evaluate_loss(random_llama, [{"input_ids": [3, 4]}, {"input_ids": [3]}])
 
 
+def test_of_a_chat_only_the_marked_tokens_count(random_llama):
+    rows = [row | {"trained": [place % 7 in (3, 4) for place in range(len(row["input_ids"]))]} for row in make_rows()]
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        losses = torch.nn.functional.cross_entropy(
+            random_llama(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="none"
+        )
+        expected.append(losses[torch.tensor(row["trained"][1:])].mean().item())
+    assert evaluate_loss(random_llama, rows, batch_size=3).per_row == pytest.approx(expected, abs=1e-6)
+
+
 def test_real_model_on_real_text(stories, shared):
     """A model of children's stories finds one easier than its words in another order."""
     from transformers import AutoTokenizer
