@@ -19,7 +19,8 @@ ROLES = {
     "bot": "assistant", "model": "assistant", "function_call": "assistant",
     "tool": "tool", "tool_response": "tool", "function": "tool", "function_response": "tool", "observation": "tool",
 }  # fmt: skip
-_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning", "reasoning_content", "thinking")
+REASONING = ("reasoning", "reasoning_content", "thinking")
+_KEPT = ("tool_calls", "tool_call_id", "name", *REASONING)
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,21 @@ def _chat(number: int, record: dict, columns: dict[str, str], raw: list, first_t
         messages = messages[: answers[-1] + 1]
     if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] != "system"):
         messages, answers = [{"role": "system", "content": system}, *messages], [place + 1 for place in answers]
-    options = dict(record.get("chat_template_kwargs") or {})
+    options = record.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"chat_template_kwargs must be a mapping, got {options!r:.60}.")
     tools = _parsed(tools, "tools") if isinstance(tools, str) and tools.strip() else tools or None
     if tools is not None:
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise ValueError(f"tools must be a list of JSON schemas, got {tools!r:.60}.")
-        options["tools"] = _without_none(tools)
+        if not isinstance(tools, list) or not all(map(_tool_name, tools)):
+            raise ValueError(f"tools must be a list of JSON schemas of functions with a name, got {tools!r:.60}.")
+        options = options | {"tools": _without_none(tools)}
     return Chat(number, messages, answers, options)
+
+
+def _tool_name(tool: Any) -> str | None:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _message(raw: Any, columns: dict[str, str]) -> tuple[dict[str, Any], float]:
@@ -169,6 +178,9 @@ def _message(raw: Any, columns: dict[str, str]) -> tuple[dict[str, Any], float]:
         )
     message = {"role": ROLES[role.lower()], "content": _text(content)}
     message |= {name: _without_none(raw[name]) for name in _KEPT if raw.get(name)}
+    for name in REASONING:
+        if not isinstance(message.get(name, ""), str):
+            raise ValueError(f"{name} must be text, got {message[name]!r:.60}.")
     call = raw.get("function_call") or (message["content"] if role.lower() == "function_call" else None)
     if call:
         message |= {"content": "" if role.lower() == "function_call" else message["content"]}

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data.chat.messages import Chat
+from data.chat.messages import REASONING, Chat
 from data.encoding import Encoder
 from data.sources.files import DataError
 from lrsa import PromptFormat
@@ -178,7 +178,7 @@ class Renderer:
                 "model.chat_template to a file that writes it, or take it out of the data."
             )
         for tool in options.get("tools") or []:
-            name = tool.get("function", tool).get("name", "")
+            name = tool.get("function", tool)["name"]
             if name not in text:
                 raise _Refused(
                     f"the chat template leaves out the tool {name!r}: set model.chat_template to a file that writes it."
@@ -191,7 +191,7 @@ class _Refused(ValueError):
 
 def reasoning(message: dict[str, Any]) -> str:
     """What an answer thinks before it says something; most think nothing."""
-    named = [message[name] for name in ("reasoning", "reasoning_content", "thinking") if message.get(name)]
+    named = [message[name] for name in REASONING if message.get(name)]
     return (named or [message["content"].rpartition("</think>")[0].partition("<think>")[2]])[0].strip()
 
 

@@ -120,6 +120,11 @@ class _Builder:
         answers = [chat.messages[place] for chat in chats if isinstance(chat, Chat) for place in chat.answers[-1:]]
         self.reasoning = sum(map(reasons, answers))
         if self.texts:
+            if other := next((chat for chat in chats if isinstance(chat, Chat)), None):
+                raise DataError(
+                    f"{settings.source}: record {other.number}: prompt and completion are messages, in other records "
+                    "they are texts: put the two into files of their own, and name both in data.sources."
+                )
             self.turn = dataclasses.replace(PromptFormat.plain(tokenizer), lead="")
         elif not tokenizer.chat_template:
             raise DataError(
