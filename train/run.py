@@ -108,7 +108,8 @@ def sft_config(settings: RunSettings, output_dir: Path) -> SFTConfig:
         SettingsError: with what TRL or transformers object to.
     """
     values = settings.train.given() | {"output_dir": str(output_dir), "completion_only_loss": True}
-    values.pop("max_minutes", None)  # the only setting of the section that SFTConfig does not have
+    for name in ("max_minutes", "early_stopping_patience"):  # what SFTConfig does not have
+        values.pop(name, None)
     if settings.parallel.sp_size > 1:
         values = {"pad_to_multiple_of": settings.parallel.sp_size} | values
         values["parallelism_config"] = parallelism_config(settings.parallel.sp_size)
@@ -128,7 +129,7 @@ def train_adapter(
     resume: bool,
 ) -> None:
     """Train one adapter of the base model, under LRSA or dense, and leave it verified in `args.output_dir`."""
-    if resume and is_finished(args, settings.train.max_minutes):
+    if resume and is_finished(args, settings.train.max_minutes or settings.train.early_stopping_patience):
         console.print(f"{args.output_dir} already holds a finished adapter: skipping its training", soft_wrap=True)
         return
     if environment.rank() == 0:
@@ -187,6 +188,7 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
             lrsa=lrsa,
             objective=settings.objective,
             max_minutes=settings.train.max_minutes,
+            patience=settings.train.early_stopping_patience,
             base=settings.model.loading,
         )
     except ValueError as error:

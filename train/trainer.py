@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
 from lrsa import LRSAConfig
@@ -27,22 +29,57 @@ class LRSATrainer(ResumableTrainer):
         lrsa: the compression that the model was given with `apply_lrsa`, or None for a dense control.
         objective: what a step learns from; a dense control learns from cross-entropy alone.
         base: how the base model is loaded.
+        patience: evaluations without a lower held-out loss, after which training ends.
         other arguments: those of `SFTTrainer`.
     """
 
-    counted = (*ResumableTrainer.counted, "_kept_and_seen")
+    counted = (*ResumableTrainer.counted, "_kept_and_seen", "_in_vain")
 
-    def __init__(self, *args, lrsa: LRSAConfig | None, objective: ObjectiveSettings, base: BaseLoading, **kwargs):
-        self.lrsa = lrsa
+    def __init__(
+        self,
+        *args,
+        lrsa: LRSAConfig | None,
+        objective: ObjectiveSettings,
+        base: BaseLoading,
+        patience: int | None = None,
+        **kwargs,
+    ):
+        self.lrsa = self._evaluated = lrsa
         self.base = base
         self.objective = objective
         self._kept_and_seen = [0.0, 0.0]
         super().__init__(*args, **kwargs)
         self.add_callback(LogFile())
+        self._patience = StopEarly(patience or 1)
+        if patience is not None:
+            self.add_callback(self._patience)
+
+    @property
+    def _in_vain(self) -> int:
+        """Evaluations since the best one."""
+        return self._patience.early_stopping_patience_counter
+
+    @_in_vain.setter
+    def _in_vain(self, count: int) -> None:
+        self._patience.early_stopping_patience_counter = count
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """Measure the held-out loss with the full cache, then with the one that is trained for, whose metrics count."""
+        loop = partial(super().evaluation_loop, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        key = f"{metric_key_prefix}_loss"
+        if self.lrsa is None or self.lrsa == self.lrsa.full():
+            return loop()
+        self._evaluated = self.lrsa.full()
+        full = loop().metrics[key]
+        self._metrics["eval"].clear()
+        self._evaluated = self.lrsa
+        output = loop()
+        output.metrics[f"{key}_full_cache"] = full
+        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.model.training:
-            self._compress(self.lrsa)  # not the ratio that the last step sampled
+            self._compress(self._evaluated)  # not the ratio that the last step sampled
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.lrsa is None:
             self._count_kept(inputs, None)
@@ -114,6 +151,15 @@ def kept_tokens(lengths: list[int], lrsa: LRSAConfig | None, windows: list[int |
         for window, config in layers
         for length in lengths
     ) / len(layers)
+
+
+class StopEarly(EarlyStoppingCallback):
+    """Ends training as if its last step was done."""
+
+    def on_evaluate(self, args: SFTConfig, state, control, metrics, **kwargs) -> None:
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            state.max_steps = state.global_step
 
 
 class LogFile(TrainerCallback):

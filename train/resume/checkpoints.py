@@ -98,8 +98,9 @@ def remove_old(directory: Path, most: int | None, best: str | None) -> None:
         shutil.rmtree(checkpoint)
 
 
-def is_finished(args: TrainingArguments, max_minutes: float | None = None) -> bool:
-    """Whether `args.output_dir` holds an adapter that was trained for as many steps, or minutes, as are asked for."""
+def is_finished(args: TrainingArguments, limit: float | None = None) -> bool:
+    """Whether `args.output_dir` holds an adapter that was trained for as many steps as asked for, or until a `limit`
+    of another kind ended its training."""
     try:
         verify_adapter(args.output_dir)
         state = json.loads((Path(args.output_dir) / STATE).read_text(encoding="utf-8"))
@@ -107,7 +108,7 @@ def is_finished(args: TrainingArguments, max_minutes: float | None = None) -> bo
         return False
     if state["global_step"] < state["max_steps"]:
         return False
-    if max_minutes is not None:
+    if limit is not None:
         return True
     if args.max_steps > 0:
         return args.max_steps <= state["global_step"]

@@ -34,6 +34,8 @@ def with_defaults(settings: RunSettings, *, use_cpu: bool | None = None) -> RunS
         given["bf16"] = on_gpu and not settings.train.fp16 and (elsewhere or torch.cuda.is_bf16_supported())
     ours = {"output_dir": f"runs/{settings.file.stem}", "max_length": settings.data.context_length}
     given |= {name: value for name, value in ours.items() if given.get(name) is None}
+    if settings.train.early_stopping_patience:
+        given.setdefault("load_best_model_at_end", True)
     train = TrainSettings(**{name: getattr(settings.train, name) for name in STORED} | _checkpointing(given, on_gpu))
     model = settings.model
     if model.dtype == "auto":

@@ -125,6 +125,8 @@ def _conflicts(built: dict) -> dict[FieldPath, str]:
             f"must be at least data.context_length ({data.context_length}), got {train.max_length}: rows would be cut; "
             "remove it"
         )
+    if train and train.early_stopping_patience and train.eval_strategy == "no":
+        problems["train", "early_stopping_patience"] = "needs train.eval_strategy: steps, and train.eval_steps"
     if train and train.max_minutes and objective and objective.schedule == "shrink":
         problems["objective", "schedule"] = (
             "shrink divides the steps, whose number is not known with train.max_minutes: use draw, or train.max_steps"

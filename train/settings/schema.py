@@ -88,7 +88,8 @@ class EvalSettings(Section):
 
     enabled: bool = Field(
         True,
-        description="Evaluate base and adapter after training; train.eval_strategy is TRL's own loss during training.",
+        description="Evaluate base and adapter after training; for the held-out loss on the way, with the full and the "
+        "trained cache, set train.eval_strategy and train.eval_steps.",
     )
     keep_ratios: list[Ratio] = Field(
         [0.5, 0.25, 0.125],
@@ -218,10 +219,13 @@ def _trainer_fields() -> dict[str, tuple[Any, FieldInfo]]:
 
 MAX_MINUTES = """Minutes of training, all starts of a run together; a learning rate that falls does so with the time.
 max_steps or num_train_epochs may end it earlier. The control gets as many."""
+PATIENCE = """Stop when the held-out loss with the trained cache has not fallen for so many evaluations
+(train.eval_strategy), and keep the best checkpoint (load_best_model_at_end)."""
 TrainSettings = create_model(
     "TrainSettings",
     __base__=TrainerSection,
     max_minutes=(float | None, Field(None, gt=0, description=" ".join(MAX_MINUTES.split()))),
+    early_stopping_patience=(int | None, Field(None, ge=1, description=" ".join(PATIENCE.split()))),
     **_trainer_fields(),
 )
 

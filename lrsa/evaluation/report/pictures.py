@@ -24,6 +24,7 @@ AXES = {
     "f1": "answer F1",
     "loss": "loss, nats per token (lower is better)",
 }
+HELD_OUT = {"eval_loss": "held out", "eval_loss_full_cache": "held out, full cache"}
 AUXILIARY = {"selection": "selection loss, nats", "distillation": "distillation loss, nats per token"}
 
 
@@ -88,7 +89,8 @@ def draw_training(logs: Mapping[str, Path], path: Path) -> bool:
     panels: dict[str, list[tuple[str, list[tuple[int, float]]]]] = {}
     for run, log in logs.items():
         for key, points in _losses(log).items():
-            panels.setdefault(key if key in AUXILIARY else "loss", []).append((_line_name(run, key), points))
+            panel = key if key in AUXILIARY else "held out" if key in HELD_OUT else "loss"
+            panels.setdefault(panel, []).append((_line_name(run, key), points))
     if not panels:
         return False
     figure = _figure(4.2 * len(panels) + 0.6, 3.8)
@@ -100,7 +102,8 @@ def draw_training(logs: Mapping[str, Path], path: Path) -> bool:
                 linestyle=LINES[style % len(LINES)], linewidth=1.8,
             )  # fmt: skip
         axes.set_xlabel("optimizer steps", fontsize=11)
-        axes.set_ylabel(AUXILIARY.get(kind, "training loss, nats per token"), fontsize=11)
+        own = "held-out loss, nats per token" if kind == "held out" else "training loss, nats per token"
+        axes.set_ylabel(AUXILIARY.get(kind, own), fontsize=11)
         _plain(axes)
         axes.legend(fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
@@ -113,13 +116,15 @@ def _losses(log: Path) -> dict[str, list[tuple[int, float]]]:
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     for values in map(json.loads, lines):
         for key, value in values.items():
-            if (key.startswith("loss") or key in AUXILIARY) and math.isfinite(value):
+            if (key.startswith("loss") or key in HELD_OUT or key in AUXILIARY) and math.isfinite(value):
                 found.setdefault(key, []).append((values["step"], value))
     return found
 
 
 def _line_name(run: str, key: str) -> str:
     """Such as `LRSA-LoRA`, or `LRSA-LoRA, keep 0.125` for the key `loss_keep_0.125`."""
+    if key in HELD_OUT:
+        return f"{run}, {HELD_OUT[key]}"
     part = key.removeprefix("loss").strip("_").replace("_", " ")
     return f"{run}, {part}" if part and key not in AUXILIARY else run
 
