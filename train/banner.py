@@ -106,9 +106,9 @@ def _attention(settings: RunSettings, trainer: LRSATrainer) -> str:
     skipped += f", {sliding} of {len(windows)} layers keep their sliding window" if sliding else ""
     text = trainer.model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    implementation = describe(
-        settings.model.attention, trainer.args.device.type, PRECISIONS[_precision(trainer)], head_dim
-    )
+    capped = "whole" if getattr(text, "attn_logit_softcapping", None) else None
+    kind = trainer.args.device.type, PRECISIONS[_precision(trainer)], head_dim, capped
+    implementation = describe(settings.model.attention, *kind)
     return (
         f"LRSA, sink {lrsa.sink_size}, lag {lrsa.lag_size}, top_k {lrsa.top_k} (keep ratio {lrsa.keep_ratio:g})"
         f"{skipped}; after {length} tokens the cache holds {kept:.0f} ({kept / length:.1%}); "

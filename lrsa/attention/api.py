@@ -57,8 +57,9 @@ def lrsa_attention(
         position_ids: `[B, T]` or `[1, T]`; a row is cut into documents where they restart, as packing does.
         attention_mask: the 2D padding mask `[B, T]`, nonzero where a token is real; padding on any side.
         impl: `"reference"` (dense mask, for tests), `"native"` (compiled, CPU), `"tiled"` (PyTorch's flash kernels tile
-            by tile, any device), or `"auto"`, which logs once what it chose. Not yet run on a GPU and chosen by name
-            only: `"cudnn"` (the same tiles by cuDNN) and `"flex"` (FlexAttention; on a CPU without gradients).
+            by tile, any device), or `"auto"`, which logs once what it chose. Not yet run on a GPU: `"cudnn"` (the same
+            tiles by cuDNN), chosen by name only, and `"flex"` (FlexAttention; on a CPU without gradients), which
+            `"auto"` takes there for whole rows with a softcap, and `"reference"` for parts.
         expand: of latent attention: makes keys and values of `key` and `value`, which are the latents `c_kv` and
             `k_rope` of `lrsa.latent`.
 
@@ -103,9 +104,8 @@ def attend_rows(
         # One window, of the queries, behind a sink of all older tokens.
         config = config.replace(sink_size=length - query.shape[2], lag_size=query.shape[2], top_k=1)
     if impl == "auto":
-        impl = choose(query.device.type, query.dtype, states[0].shape[-1])
-        if impl == "tiled" and softmax.softcap is not None:
-            impl = "flex" if query.is_cuda and query.shape[2] == length else "reference"
+        capped = None if softmax.softcap is None else "whole" if query.shape[2] == length else "part"
+        impl = choose(query.device.type, query.dtype, states[0].shape[-1], capped)
     if expand is None:
         selection = select_tokens(key, value, config)
     else:
@@ -120,23 +120,29 @@ def _of_one_width(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @functools.cache
-def choose(device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The implementation that `"auto"` takes for tensors of this kind, by benchmarks/attention.py; logged once."""
+def choose(device: str, dtype: torch.dtype, head_dim: int, capped: str | None = None) -> str:
+    """The implementation that `"auto"` takes for tensors of this kind, by benchmarks/attention.py; logged once.
+
+    Args:
+        capped: for soft-capped scores, queries of `"whole"` rows or of a `"part"`.
+    """
     impl = "tiled"
+    if capped:
+        impl = "flex" if device == "cuda" and capped == "whole" else "reference"
     if device == "cpu":
         try:
             kernel.library(dtype)
             impl = "native"
         except (build.CompilerError, OSError) as error:
-            logger.warning("lrsa_attention cannot use 'native', which is faster than 'tiled': %s", error)
+            logger.warning("lrsa_attention cannot use 'native', which is faster than %r: %s", impl, error)
     logger.info("lrsa_attention uses %s on %s in %s", describe(impl, device, dtype, head_dim), device, dtype)
     return impl
 
 
-def describe(impl: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
+def describe(impl: str, device: str, dtype: torch.dtype, head_dim: int, capped: str | None = None) -> str:
     """What computes the attention, in words: the implementation and the kernels that it really calls."""
     if impl == "auto":
-        impl = choose(device, dtype, head_dim)
+        impl = choose(device, dtype, head_dim, capped)
     if impl != "tiled":
         kernels = {"native": "compiled for this CPU", "reference": "a dense mask", "cudnn": "cuDNN's kernels"}
         return f"{impl} ({kernels.get(impl, 'FlexAttention')})"

@@ -67,6 +67,11 @@ def test_what_really_runs_is_named(impl, device, dtype, head_dim, text):
     assert api.describe(impl, device, dtype, head_dim).startswith(text)
 
 
+def test_soft_caps_go_where_they_can_be_computed():
+    found = [api.choose(device, torch.bfloat16, 64, part) for device in ("cuda", "cpu") for part in ("whole", "part")]
+    assert found == ["flex", "reference", "native", "native"]
+
+
 def test_a_layer_that_attends_twice_or_under_another_index_is_refused(random_llama):
     apply_lrsa(random_llama, CONFIG)
     attention = random_llama.model.layers[1].self_attn

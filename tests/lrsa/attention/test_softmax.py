@@ -5,7 +5,7 @@ import torch
 
 from lrsa import LRSAConfig, lrsa_attention, select_tokens
 from lrsa.attention import api, sliding
-from lrsa.attention.cpu import kernel
+from lrsa.attention.cpu import build, kernel
 from lrsa.attention.softmax import Softmax
 from lrsa.cache.compressed import CompressedLayer
 from lrsa.cache.sliding import SlidingLayer
@@ -122,7 +122,7 @@ def test_flex():
         assert_equal([found], [expected], 1e-5)
 
 
-def test_what_cannot_be_done_is_refused(monkeypatch):
+def test_what_cannot_be_done_is_refused():
     states, _ = inputs(1, 4, 2, 60)
     for impl in ("tiled", "cudnn"):
         with pytest.raises(ValueError, match="softcap" if impl == "tiled" else "cudnn"):
@@ -131,11 +131,14 @@ def test_what_cannot_be_done_is_refused(monkeypatch):
         lrsa_attention(*states, CONFIG, sinks=torch.zeros(3))
     with pytest.raises(ValueError, match="softcap must be above 0"):
         lrsa_attention(*states, CONFIG, softcap=0.0)
-    # Without a compiler "auto" takes what can cap scores.
-    monkeypatch.setattr(api, "choose", lambda *kind: "tiled")
-    assert_equal([lrsa_attention(*states, CONFIG, softcap=CAP)], [kernel_result(states)])
 
 
-def kernel_result(states):
-    selection = select_tokens(*states[1:], CONFIG)
-    return kernel.attend(*states, selection, CONFIG, Softmax(states[0].shape[-1] ** -0.5, CAP))
+def test_without_a_compiler_auto_takes_what_can_cap_scores(monkeypatch):
+    def refuse(*_):
+        raise build.CompilerError("no compiler")
+
+    states, _ = inputs(1, 4, 2, 60)
+    expected = lrsa_attention(*states, CONFIG, softcap=CAP, impl="native")
+    monkeypatch.setattr(api, "choose", api.choose.__wrapped__)
+    monkeypatch.setattr(kernel, "library", refuse)
+    assert_equal([lrsa_attention(*states, CONFIG, softcap=CAP)], [expected])
