@@ -16,6 +16,7 @@ from lrsa.hf.layers import NAME
 from lrsa.latent import Expand
 
 
+@torch.compiler.disable
 @functools.cache
 def hand_latents_on(config: type[PreTrainedConfig]) -> None:
     """Let the attention modules of a model, which has been made of such a configuration, hand their latents on.

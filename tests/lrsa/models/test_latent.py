@@ -83,3 +83,10 @@ def test_other_models_of_the_class_are_as_they_were(subject):
         before = logits(other, subject.ids)
         sparse = logits(apply_lrsa(subject.model, CONFIG), subject.ids)
         assert torch.equal(logits(other, subject.ids), before) and not torch.equal(sparse, before)
+
+
+def test_a_compiled_model(subject):
+    compiled = torch.compile(subject.applied(), backend="eager")
+    mask = torch.ones_like(subject.ids)  # with which the model asks for a mask
+    with torch.no_grad():
+        subject.close(logits(compiled, subject.ids, attention_mask=mask), subject.expected)
