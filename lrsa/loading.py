@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -58,8 +59,8 @@ def load(
             `token`, `cache_dir` and `local_files_only` count for the adapter too.
 
     Raises:
-        ValueError: when there are no LRSA settings, they do not fit the base model, the adapter is a pickle, or
-            `base_model` is given for a model.
+        ValueError: when there are no LRSA settings, they do not fit the base model, the adapter is a pickle or of
+            another base model, or `base_model` is given for a model.
         OSError: when the base model is not there or has no safetensors.
         ImportError: when an adapter is loaded and peft is not installed.
     """
@@ -79,7 +80,6 @@ def load(
             config = LRSAConfig.from_pretrained(source, revision=revision, **hub)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", **tokenizer_options)
     else:
-        refuse_pickle(adapter)
         config = LRSAConfig.from_pretrained(adapter) if config is None else config
         model, base = _base_with_adapter(adapter, base_model, options)
         own = {"pretrained_model_name_or_path": adapter} if (adapter / "tokenizer_config.json").is_file() else base
@@ -92,8 +92,9 @@ def load(
 
 def _base_with_adapter(adapter: Path, base_model: str | Path | None, options: dict) -> tuple[PreTrainedModel, dict]:
     """The model, and the name and revision of its base as `from_pretrained` takes them."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
+    refuse_pickle(adapter)
     config = PeftConfig.from_pretrained(adapter)
     name = base_model or config.base_model_name_or_path
     base = {"pretrained_model_name_or_path": name, "revision": "main" if base_model else config.revision or "main"}
@@ -104,7 +105,37 @@ def _base_with_adapter(adapter: Path, base_model: str | Path | None, options: di
         model = AutoModelForCausalLM.from_pretrained(**base, **(options | loading.options(**source, **hub)))
     except OSError as error:
         raise OSError(f"base model {name} cannot be loaded: {error}; if it moved, pass base_model=...") from error
-    return PeftModel.from_pretrained(loading.check(model), adapter), base | loading.files()
+    return attach_adapter(loading.check(model), adapter), base | loading.files()
+
+
+def attach_adapter(model: PreTrainedModel, adapter: Path, name: str = "default") -> PreTrainedModel:
+    """The PEFT model of a base model, or a PEFT model with one adapter more, under `name`.
+
+    Raises:
+        ValueError: when the weights are pickles, or are not those of this base: peft would load what fits, and warn.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    refuse_pickle(adapter)
+    refused = f"{adapter} is an adapter of another base model, or is damaged"
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(adapter), adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, str(adapter), adapter_name=name)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(f"{refused}: {str(error).splitlines()[1].strip()}") from error
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        stored = set(file.keys())
+    needed = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    lost = {"it holds no": sorted(needed - stored), "the base model has no": sorted(stored - needed)}
+    lost["the base model has no"] = [key for key in lost["the base model has no"] if ".lora_" in key]
+    texts = [f"{text} {keys[0]} (one of {len(keys)})" for text, keys in lost.items() if keys]
+    if texts:
+        raise ValueError(f"{refused}: {'; '.join(texts)}")
+    return model
 
 
 def refuse_pickle(adapter: Path) -> None:

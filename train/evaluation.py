@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +15,7 @@ from lrsa.evaluation import Results, Variant, compare, draw_training, print_repo
 from lrsa.evaluation.layers import choose_layers, save_layers
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
 from lrsa.evaluation.study import save_study, study, summary
-from lrsa.loading import fetch_adapter, refuse_pickle
+from lrsa.loading import attach_adapter, fetch_adapter
 from train.adapter import ADAPTER_NAME
 from train.failures import RunFailed, first_line, is_out_of_memory
 from train.model import load_model
@@ -163,12 +162,11 @@ def load_variants(settings: RunSettings, adapter: str | Path) -> tuple[LRSAConfi
         directory = fetch_adapter(str(adapter), {})
         if directory is None:
             raise ValueError("it holds no adapter_config.json")
-        refuse_pickle(directory)
         lrsa = LRSAConfig.from_pretrained(directory)
-        model = PeftModel.from_pretrained(base, str(directory), adapter_name=TUNED)
+        model = attach_adapter(base, directory, TUNED)
         models, control = {BASE: Variant(model, None)}, directory / "control"
         if (control / ADAPTER_NAME).is_file():
-            model.load_adapter(str(control), adapter_name=CONTROL)
+            attach_adapter(model, control, CONTROL)
             models[CONTROL] = Variant(model, CONTROL)
     except (OSError, ValueError, RuntimeError) as error:
         text = f"cannot be loaded as an adapter of {settings.model.name_or_path}: {error}"

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 import lrsa
 from lrsa.hf import set_config
 from lrsa.loading import Loaded
+from train.model import embedding_count
 from train.publish.model_card import CARD_NAME, TAGS, USE, hub_id
 from train.resume.checkpoints import replace_text
 from train.settings.errors import Problem, SettingsError
@@ -58,9 +59,7 @@ def merge(adapter: str, out: Path, dtype: str = "auto", base_model: str | None =
     beside = _load(adapter, dtype, base_model)
     base = beside.model.get_base_model()
     dtype, name = base.dtype, base.config.name_or_path
-    ids = torch.randint(
-        base.get_input_embeddings().num_embeddings, (1, TOKENS), generator=torch.Generator().manual_seed(0)
-    )
+    ids = torch.randint(embedding_count(base), (1, TOKENS), generator=torch.Generator().manual_seed(0))
     rounded = _logits(beside.model, ids)
     del beside, base
     gc.collect()
@@ -68,6 +67,7 @@ def merge(adapter: str, out: Path, dtype: str = "auto", base_model: str | None =
     truth, config = _logits(exact.model, ids), exact.model.get_base_model().config.lrsa
     merged = exact.model.merge_and_unload(safe_merge=True)
     set_config(merged, config)
+    drop_unused_sampling(merged.generation_config)
     merged.to(dtype).save_pretrained(out)
     exact.tokenizer.save_pretrained(out)
     config.save_pretrained(out)
@@ -85,6 +85,13 @@ def merge(adapter: str, out: Path, dtype: str = "auto", base_model: str | None =
         raise SettingsError([Problem("--adapter", adapter, text)])
     _save_card(out, adapter, base_model or name, dtype, config, error, budget)
     return error, budget
+
+
+def drop_unused_sampling(config: GenerationConfig) -> None:
+    """Take sampling settings out of a greedy configuration: they do nothing, but it could not be saved with them."""
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+        if not config.do_sample and hasattr(config, name):
+            setattr(config, name, None)
 
 
 def _load(adapter: str, dtype: str, base_model: str | None) -> Loaded:

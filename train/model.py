@@ -101,9 +101,15 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
     return _load(AutoConfig, settings)
 
 
+def embedding_count(model: PreTrainedModel) -> int:
+    """Number of input embeddings, also where an adapter is around them."""
+    modules = model.get_input_embeddings().modules()
+    return next(module.num_embeddings for module in modules if hasattr(module, "num_embeddings"))
+
+
 def token_problems(tokenizer: PreTrainedTokenizerBase, highest: int, model: PreTrainedModel) -> list[Problem]:
     """Tokens that the model has no embedding for, of those in the rows (`highest` is their largest id) and padding."""
-    token, count = max(highest, tokenizer.pad_token_id), model.get_input_embeddings().num_embeddings
+    token, count = max(highest, tokenizer.pad_token_id), embedding_count(model)
     if token < count:
         return []
     text = (

@@ -63,11 +63,13 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
     settings = with_defaults(settings)
     directory = Path(settings.train.output_dir)
     resume = not overwrite and (resume or settings.train.resume_from_checkpoint == "auto")
-    check_run_directory(settings, resume, overwrite)
+    notes = check_run_directory(settings, resume, overwrite)
     environment.start(settings.train)
     check_sequence_parallel(settings)
     main = environment.rank() == 0
     console = Console(quiet=not main)
+    for note in notes:
+        console.print(f"warning: {note}", style="bold yellow", soft_wrap=True)
     check_weights(settings.model)  # before SFTConfig, which makes every model one of ZeRO-3
     args = sft_config(settings, directory)
     check_trainer(args, settings.model.quantization)

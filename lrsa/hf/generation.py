@@ -41,8 +41,8 @@ def generate(model, inputs=None, generation_config=None, *args, **options):
     embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
     if embeds is not None:
         _refuse_other(cache, embeds.shape[1], None, None)
-    elif ids is not None:
-        _refuse_other(cache, ids.shape[1], ids, mask)
+    else:
+        _refuse_other(cache, 0 if ids is None else ids.shape[1], ids, mask)
     before, cache.ids = cache.ids, None  # what is not known to be right after an error is forgotten
     found = type(model).generate(*arguments, **options)
     cache.is_reordered |= (option("num_beams") or 1) > 1

@@ -5,8 +5,15 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import lrsa
 from lrsa import LRSACache, LRSAConfig, apply_lrsa
@@ -112,3 +119,22 @@ def test_a_base_model_that_moved(saved):
         assert torch.equal(model(**inputs).logits, tuned(**inputs).logits)
     with pytest.raises(ValueError, match="base_model is for an adapter"):
         lrsa.load(directory / "moved", CONFIG, base_model=directory / "moved")
+
+
+@pytest.mark.parametrize("change", ["another depth", "another width", "cut file"])
+def test_an_adapter_of_another_base_is_refused(saved, change):
+    """peft loads what fits and warns of the rest: the model would answer with half of its adapter."""
+    directory, tuned = saved
+    config, file = tuned.get_base_model().config.to_dict(), directory / "adapter" / "adapter_model.safetensors"
+    config |= {"another depth": {"num_hidden_layers": 2}, "another width": {"hidden_size": 64}}.get(change, {})
+    config.pop("lrsa")
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(directory / "other")
+    if change == "cut file":
+        save_file({name: x for name, x in load_file(file).items() if "layers.1" not in name}, file)
+    message = {
+        "another depth": r"the base model has no .*layers\.2.* \(one of 14\)",
+        "another width": "size mismatch for .*lora_A",
+        "cut file": r"it holds no .*layers\.1.* \(one of 14\)",
+    }[change]
+    with pytest.raises(ValueError, match=f"is an adapter of another base model, or is damaged: {message}"):
+        lrsa.load(directory / "adapter", base_model=directory / "other")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -29,6 +30,18 @@ def logits(source, ids) -> torch.Tensor:
         return lrsa.load(source).model(ids).logits.float()
 
 
+def test_a_greedy_base_with_sampling_settings_is_merged(tiny_copy, monkeypatch, capsys):
+    """transformers loads such a generation_config.json and refuses to write it."""
+    base = tiny_copy.parent / "greedy"
+    shutil.copytree(json.loads((tiny_copy / "adapter_config.json").read_text())["base_model_name_or_path"], base)
+    greedy = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 7}
+    (base / "generation_config.json").write_text(json.dumps(greedy))
+    options = ["--adapter", str(tiny_copy), "--out", str(base.parent / "out"), "--base-model", str(base)]
+    assert run_script(monkeypatch, capsys, *options)[0] == 0
+    found = lrsa.load(base.parent / "out").model.generation_config
+    assert not found.do_sample and 7 in found.eos_token_id
+
+
 def test_a_run_is_merged_by_the_command(tiny_copy, monkeypatch, capsys):
     out = tiny_copy.parent / "merged"
     status, text = run_script(monkeypatch, capsys, "--adapter", str(tiny_copy), "--out", str(out))
@@ -53,14 +66,17 @@ def test_a_run_is_merged_by_the_command(tiny_copy, monkeypatch, capsys):
     assert status == 2 and "is a model, not an adapter" in text
 
 
-@pytest.mark.parametrize("kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}])
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True},
+                                  {"target_modules": ["q_proj", "embed_tokens"]}])  # fmt: skip
 def test_every_kind_of_adapter_is_merged_in_half_precision(tiny_copy, random_llama, kind):
     torch.manual_seed(1)
     base = random_llama.float()
     base.save_pretrained(tiny_copy.parent / "base")
     lrsa.load(tiny_copy).tokenizer.save_pretrained(tiny_copy.parent / "base")
     base.name_or_path = str(tiny_copy.parent / "base")
-    tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **kind))
+    tuned = get_peft_model(
+        base, LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | kind)
+    )
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "modules_to_save" in name:

@@ -27,6 +27,7 @@ WRITTEN = (
     PUBLISHED_NAME,
     CONFIG_NAME,  # last: while it is there, --resume sees which settings belong to what is left
 )
+LENGTHS = ("max_steps", "num_train_epochs", "max_minutes")  # what the schedule of the learning rate is stretched over
 WHEN_MOVED = (
     "what has moved, and is no longer in its old place, is accepted in its new one when the command line names it: "
     "--set model.name_or_path=..."
@@ -38,8 +39,11 @@ IN_CHECKPOINTS = (
 )
 
 
-def check_run_directory(settings: RunSettings, resume: bool, overwrite: bool) -> None:
+def check_run_directory(settings: RunSettings, resume: bool, overwrite: bool) -> list[str]:
     """Refuse to overwrite an earlier run without --overwrite, or to resume one with other settings.
+
+    Returns:
+        what the person who resumes a run has to know.
 
     Raises:
         SettingsError: when the directory holds an adapter or checkpoints and neither flag is given, when `resume` meets
@@ -63,14 +67,14 @@ def check_run_directory(settings: RunSettings, resume: bool, overwrite: bool) ->
     if not earlier.is_file():
         earlier = next(reversed(checkpoints(directory)), None)
     if earlier is None or overwrite:
-        return
+        return []
     if not resume:
         text = (
             f"{shown(directory)} already holds a run ({earlier.name}): continue its last checkpoint with --resume, "
             "replace it with --overwrite, or choose another directory with --set train.output_dir=..."
         )
         raise SettingsError([Problem("", "train.output_dir", text)])
-    _refuse_other_settings(settings, directory)
+    return _refuse_other_settings(settings, directory)
 
 
 def changed_rows(directory: Path, report: DataReport) -> str | None:
@@ -138,7 +142,7 @@ def config_of_run(directory: str) -> str:
     return str(path)
 
 
-def _refuse_other_settings(settings: RunSettings, directory: Path) -> None:
+def _refuse_other_settings(settings: RunSettings, directory: Path) -> list[str]:
     path = directory / CONFIG_NAME
     try:
         before = load_settings(str(path), [*_moved(path, settings), "train.deepspeed=null"])  # it may change or be gone
@@ -161,6 +165,11 @@ def _refuse_other_settings(settings: RunSettings, directory: Path) -> None:
         problems.append(Problem(shown(path), "train.per_device_train_batch_size", text))
     if problems:
         raise SettingsError(problems)
+    changed = [f"train.{name} was {getattr(before.train, name)}, is {getattr(settings.train, name)}"
+               for name in LENGTHS if getattr(before.train, name) != getattr(settings.train, name)]  # fmt: skip
+    if not changed or settings.train.lr_scheduler_type.startswith("constant"):
+        return []
+    return [f"{'; '.join(changed)}: from here on the learning rate is that of a run of the new length, and jumps"]
 
 
 def _moved(path: Path, settings: RunSettings) -> list[str]:

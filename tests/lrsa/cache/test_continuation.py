@@ -62,6 +62,8 @@ def test_the_prompt_given_again_is_refused(model, used):
             generate(model, ids, cache)
         with pytest.raises(ValueError, match="for another prompt use a new LRSACache"):
             model.generate(inputs_embeds=model.get_input_embeddings()(ids), **{CACHE_ARGUMENT: cache})
+    with pytest.raises(ValueError, match="the 0 tokens given"):
+        model.generate(**{CACHE_ARGUMENT: cache}, bos_token_id=0)
 
 
 def test_rows_that_beam_search_has_reordered(model):
