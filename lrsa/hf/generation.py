@@ -11,7 +11,7 @@ import functools
 import torch
 from transformers import GenerationMixin
 
-from lrsa.cache import LRSACache
+from lrsa.cache import CACHE_ARGUMENT, LRSACache
 
 # Options of `generate` that run the model beside its cache, and what they do.
 _IMPOSSIBLE = {
@@ -28,7 +28,9 @@ def generate(model, inputs=None, generation_config=None, *args, **options):
     Raises:
         ValueError: when the prompt does not continue what the cache has seen, or an option cannot work over it.
     """
-    cache = options.get("cache", options.get("past_key_values"))
+    if "past_key_values" in options:  # the name until transformers 5.24, with which it would warn
+        options[CACHE_ARGUMENT] = options.pop("past_key_values")
+    cache = options.get(CACHE_ARGUMENT)
     arguments = (model, inputs, generation_config, *args)
     if not isinstance(cache, LRSACache):
         return type(model).generate(*arguments, **options)
