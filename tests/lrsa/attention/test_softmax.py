@@ -48,13 +48,13 @@ def equal(found, expected):
 
 
 @pytest.mark.parametrize(("impl", "softcap", "with_sinks"), KINDS)
-@pytest.mark.parametrize("tokens", [20, 131])  # dense, and with dropped tokens
+@pytest.mark.parametrize(("tokens", "top_k"), [(20, 4), (131, 4), (131, 16)])  # short, compressed, with nothing dropped
 @pytest.mark.parametrize("new", [None, 30])  # queries behind older tokens, as over a cache
-def test_equals_the_formula(impl, softcap, with_sinks, tokens, new):
+def test_equals_the_formula(impl, softcap, with_sinks, tokens, top_k, new):
     states, grad = inputs(2, 6, 2, tokens)
     sinks = sinks_of(6) if with_sinks else None
     first = max(tokens - new, 0) if new else 0
-    config = CONFIG if not new else CONFIG.replace(sink_size=max(first, 4))
+    config = CONFIG.replace(top_k=top_k, sink_size=max(first, 4))
     seen = visible(select_tokens(*states[1:], config), torch.arange(first, tokens), tokens, config)
     found = both(
         lambda q, k, v: api.attend_rows(q[:, :, first:], k, v, config, Softmax(SCALE, softcap, sinks), impl),
