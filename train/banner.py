@@ -125,7 +125,7 @@ def _targets(trainer: LRSATrainer) -> str:
 def _objective(objective: ObjectiveSettings) -> str:
     weights = {name: getattr(objective, name) for name in ("cross_entropy", "distillation", "selection")}
     parts = " + ".join(f"{weight:g} {name.replace('_', '-')}" for name, weight in weights.items() if weight)
-    teacher = "; teacher: the base model with its full cache (one more forward)" if objective.has_teacher else ""
+    teacher = "; teacher: the base model with its full cache (one more forward)" if objective.distillation else ""
     ratios = ", ".join(f"{ratio:g}" for ratio in objective.keep_ratios or [])
     how = "one sampled per step" if objective.schedule == "draw" else "in order, equal numbers of steps"
     return f"{parts}{teacher}; keep ratios {ratios}, {how}"

@@ -1,7 +1,7 @@
-"""What a step learns from: cross-entropy, distillation from the base with its full cache, supervision of the selection,
-and how much of the cache it keeps.
+"""What a step learns from: cross-entropy, the selection loss, distillation from the base with its full cache, and how
+much of the cache it keeps.
 
-The teacher is the base model itself: adapter off, nothing dropped, no gradient, no second copy of the weights.
+Distillation has a teacher, the base model itself: adapter off, nothing dropped, no gradient, no second copy of weights.
 
 Shapes: B batch, T tokens, R trained tokens of a batch, C hidden size, V vocabulary.
 """
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lrsa import LRSAConfig
-from lrsa.hf import compressed_layers
+from lrsa.hf import compressed_layers, config_of, set_config
 from train.selection_loss import SelectionSupervision
 from train.settings.errors import Problem
 from train.settings.schema import ObjectiveSettings
@@ -49,14 +49,13 @@ class Objective:
         )
         self.trained = following != -100  # of the token behind each
         self.supervision = None
-        if settings.has_teacher:
-            self.layers, chosen = compressed_layers(model, lrsa), settings.selection_layers
-            taught = self.layers if chosen is None else [layer for layer in self.layers if layer in chosen]
+        if settings.selection:
+            layers, chosen = compressed_layers(model, lrsa), settings.selection_layers
             self.supervision = SelectionSupervision(
                 lrsa,
                 self.trained if predicting is None else predicting,  # the token before a trained one predicts it
-                taught if settings.selection else [],
-                weight=(settings.selection or 0.0) * share,
+                layers if chosen is None else [layer for layer in layers if layer in chosen],
+                weight=settings.selection * share,
                 temperature=settings.selection_temperature,
                 queries=settings.selection_queries,
             )
@@ -65,19 +64,21 @@ class Objective:
 
     def teach(self, wrapped_model) -> None:
         """Run the teacher, if there is one."""
-        if self.supervision is None:
+        if not self.settings.distillation:
             return
-        adapter_off, recording = self.model.disable_adapter(), self.supervision.record()
-        with torch.no_grad(), adapter_off, _hidden_states(self.model) as states, recording:
-            wrapped_model(**self.model_inputs("labels", "shift_labels"), logits_to_keep=1)
-        if missing := sorted(set(self.layers) - self.supervision.recorded):
-            raise RuntimeError(f"the teacher did not reach layers {missing}: the model passes them no arguments.")
+        config = config_of(self.model)
+        set_config(self.model, config.full())
+        try:
+            with torch.no_grad(), self.model.disable_adapter(), _hidden_states(self.model) as states:
+                inputs = {name: x for name, x in self.inputs.items() if name not in ("labels", "shift_labels")}
+                wrapped_model(**inputs, use_cache=False, logits_to_keep=1)
+        finally:
+            set_config(self.model, config)
         self._teacher_states = states[0][self.trained]
 
-    def model_inputs(self, *without: str) -> dict:
+    def model_inputs(self) -> dict:
         """The batch, and with it the supervision that every layer's attention will find."""
-        inputs = {name: value for name, value in self.inputs.items() if name not in without} | {"use_cache": False}
-        return inputs | ({"lrsa_supervision": self.supervision} if self.supervision else {})
+        return self.inputs | {"use_cache": False} | ({"lrsa_supervision": self.supervision} if self.supervision else {})
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -98,6 +99,8 @@ class Objective:
             divergence = divergence / (max(len(states), 1) if self.tokens is None else self.tokens)
             loss = loss + self.settings.distillation * divergence
         if self.supervision:
+            if missing := sorted(set(self.supervision.layers) - self.supervision.reached):
+                raise RuntimeError(f"the selection loss did not reach layers {missing}: the model passes no arguments.")
             self.supervision.scale_with(loss)
         return loss
 

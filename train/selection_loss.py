@@ -1,9 +1,10 @@
 """Teaches the selection which tokens later queries will attend to: a loss on the scores, inside the attention function.
 
-The scores have no parameters, but they are made of keys and values, which LoRA does change. The target is where a
-teacher with the full cache looks: the attention that later queries send to every token of a window. The loss is the
-cross-entropy between that and the softmax of the window's scores. Its gradient is attached to the attention's output,
-as mixture-of-experts code attaches auxiliary losses, so that it survives checkpointing, ZeRO and accumulation.
+The scores have no parameters, but they are made of keys and values, which LoRA does change. The target is where the
+model itself would look with the full cache: the attention that later queries send to every token of a window, times the
+norm of the token's value. The loss is the cross-entropy between that and the softmax of the window's scores. Its
+gradient is attached to the attention's output, as mixture-of-experts code attaches auxiliary losses, so that it
+survives checkpointing, ZeRO and accumulation.
 
 Shapes: B batch, H query heads, G KV heads, T tokens of a row, D head dim; of N documents M tokens each, A of them
 queries, W complete windows, L = lag_size.
@@ -11,8 +12,7 @@ queries, W complete windows, L = lag_size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -29,8 +29,7 @@ BLOCK = 2**24  # attention weights held at once
 class SelectionSupervision:
     """Targets and loss of the selection for one batch, over all layers of a model.
 
-    First the teacher runs within `record()`, with the full cache, then the student; both as
-    `model(**inputs, lrsa_supervision=self)` under the attention "lrsa", which calls `attach`.
+    The model runs as `model(**inputs, lrsa_supervision=self)` under the attention "lrsa", which calls `attach`.
 
     Args:
         config: the settings whose selection is taught; `top_k` does not matter.
@@ -41,9 +40,8 @@ class SelectionSupervision:
         queries: maximum number of a document's predicting tokens, spread evenly; they bound time and memory.
 
     Attributes:
-        losses: layer -> loss of this batch without the weight, in nats per token of attention.
-        recording: whether the teacher is running: its attention has the full cache.
-        recorded: layers that the teacher's pass went through.
+        losses: layer -> loss of this batch without the weight, in nats.
+        reached: layers that called `attach`.
         upstream: factor that the backward of the whole loss starts with; see `scale_with`.
     """
 
@@ -63,19 +61,9 @@ class SelectionSupervision:
         self.temperature = temperature
         self.queries = queries
         self.losses: dict[int, torch.Tensor] = {}
+        self.reached: set[int] = set()
         self.upstream: torch.Tensor | float = 1.0
         self._targets: dict[int, list[torch.Tensor]] = {}
-        self.recording = False
-        self.recorded: set[int] = set()
-
-    @contextmanager
-    def record(self) -> Iterator[None]:
-        """Within it, forwards note where the model looks instead of teaching it."""
-        self.recording = True
-        try:
-            yield
-        finally:
-            self.recording = False
 
     def scale_with(self, loss: torch.Tensor) -> None:
         """Let the gradient that reaches `loss` scale the supervision: accumulation, loss scaling, averaging."""
@@ -97,7 +85,7 @@ class SelectionSupervision:
         expand: Expand | None = None,
         **softmax,
     ) -> torch.Tensor:
-        """In the teacher's pass, note the layer's targets; in the student's, attach the loss's gradient to `out`.
+        """Attach the gradient of the layer's loss to `out`.
 
         Args:
             layer: index of the layer.
@@ -108,20 +96,16 @@ class SelectionSupervision:
         Returns:
             `out`.
         """
+        self.reached.add(layer)
         groups = find_documents(attention_mask, position_ids, (query.shape[0], query.shape[2]))
-        if self.recording:
-            self.recorded.add(layer)
-        if layer not in self.layers or not groups:
+        if layer not in self.layers or not groups or not torch.is_grad_enabled():
             return out
-        if self.recording:
-            predicting = _places(self.predicting, groups, self.queries)
-            attended = key if expand is None else expand(key, value)[0]
-            parts = zip(predicting, *(_laid_out(x, groups) for x in (query, attended)), strict=True)
-            targets = [future_attention(q, k, at, self.config, **softmax) for at, q, k in parts]
-            self._targets[layer] = targets if expand is None else [x.sum(1, keepdim=True) for x in targets]
-            return out
-        if not torch.is_grad_enabled():
-            return out
+        if layer not in self._targets:  # else a checkpoint computes the layer again
+            attended = (key, value) if expand is None else expand(key, value)
+            parts = zip(*(_laid_out(x.detach(), groups) for x in (query, *attended)), strict=True)
+            places = _places(self.predicting, groups, self.queries)
+            targets = [future_attention(*x, at, self.config, **softmax) for x, at in zip(parts, places, strict=True)]
+            self._targets[layer] = targets if expand is None else [x.mean(1, keepdim=True) for x in targets]
         states = (key, value) if expand is None else scored(key, value)
         parts = zip(self._targets[layer], *(_laid_out(x, groups) for x in states), strict=True)
         loss = torch.cat([selection_loss(*part, self.config, self.temperature) for part in parts]).mean()
@@ -145,22 +129,28 @@ class _Attach(torch.autograd.Function):
 
 @torch.no_grad()
 def future_attention(
-    query: torch.Tensor, key: torch.Tensor, predicting: torch.Tensor, config: LRSAConfig, **softmax
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    predicting: torch.Tensor,
+    config: LRSAConfig,
+    **softmax,
 ) -> torch.Tensor:
-    """How much attention later queries send to each token, with the full cache.
+    """What later queries take from each token, with the full cache: their attention to it times the norm of its value.
 
-    A query counts for the windows at distance two or more before its own: those it meets compressed.
+    A query counts for the windows at distance two or more before its own: those it meets compressed. Attention parked
+    on tokens with small values, of which nothing is missed, counts for little.
 
     Args:
-        query: `[N, H, M, D]`; key: `[N, G, M, D]`, of documents from their first token on.
+        query: `[N, H, M, D]`; key, value: `[N, G, M, D]`, of documents from their first token on.
         predicting: int64 `[N, A]`, positions of the queries that count, -1 where a document has fewer.
         softmax: `scale`, `softcap` and `sinks`, as `lrsa_attention` takes them.
 
     Returns:
-        `[N, G, W - 1, L]` fp32 (fp64 for fp64), summed over those queries and the query heads of a KV head. Memory
-        grows linearly in `M`.
+        `[N, G, W - 1, L]` fp32 (fp64 for fp64), a mean over those queries and the query heads of a KV head; norms are
+        relative to their mean over the document and head. Memory grows linearly in `M`.
     """
-    documents, heads, tokens, channels = query.shape
+    documents, heads, tokens, _ = query.shape
     key, softmax = key.to(torch.promote_types(key.dtype, torch.float32)), Softmax.of(query, **softmax)
     count = max(max(tokens - config.sink_size, 0) // config.lag_size - 1, 0)
     total = key.new_zeros(documents, key.shape[1], count * config.lag_size)
@@ -168,18 +158,22 @@ def future_attention(
     position = torch.arange(tokens, device=query.device)
     window = (position - config.sink_size).div(config.lag_size, rounding_mode="floor")
     for at in predicting.split(max(BLOCK // (documents * heads * tokens), 1), dim=1):
-        rows = query.gather(2, at.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, channels))
+        rows = query.gather(2, at.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, query.shape[3]))
         weights = softmax.weights(rows.to(key.dtype), key, (position <= at[..., None])[:, None])
         weights = weights.nan_to_num()[..., first:stop]  # of absent queries all scores are -inf
         compressed = window[at.clamp(min=0)][..., None] - window[first:stop] >= 2
         total += (weights * compressed[:, None, None]).sum((2, 3))
-    return total.unflatten(2, (count, config.lag_size))
+    queries = (predicting >= 0).sum(1).clamp(min=1) * (heads // key.shape[1])
+    norm = torch.linalg.vector_norm(value, dim=-1, dtype=key.dtype)
+    mean = norm.sum(-1, keepdim=True) / (norm > 0).sum(-1, keepdim=True).clamp(min=1)  # it is 0 behind a document
+    norm = norm[..., first:stop] / mean.where(mean > 0, 1)
+    return (total * norm / queries[:, None, None]).unflatten(2, (count, config.lag_size))
 
 
 def selection_loss(
     target: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: LRSAConfig, temperature: float
 ) -> torch.Tensor:
-    """Cross-entropy between the attention that tokens will get and the softmax of their window's scores.
+    """Cross-entropy between what tokens will be needed for and the softmax of their window's scores.
 
     Args:
         target: `[N, G, W - 1, L]`, from `future_attention`.
@@ -187,13 +181,11 @@ def selection_loss(
         temperature: factor of the deviations before the softmax over a window.
 
     Returns:
-        `[N, G]`, for each document and KV head the sum over windows and tokens, normalised by the target's total; 0
-        where no attention is sent to what could be kept.
+        `[N, G]`, for each document and KV head the sum over windows and tokens. It is not divided by the target's
+        total: heads and layers that take little from what is compressed have little to learn.
     """
     deviation = window_deviation(key, config) + config.value_weight * window_deviation(value, config)
-    surprise = -(temperature * deviation).log_softmax(-1)
-    total = target.sum((2, 3))
-    return (target * surprise).sum((2, 3)) / total.where(total > 0, 1.0)
+    return -(target * (temperature * deviation).log_softmax(-1)).sum((2, 3))
 
 
 def _laid_out(states: torch.Tensor, groups: list[Group]) -> tuple[torch.Tensor, ...]:

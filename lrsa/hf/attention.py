@@ -69,11 +69,8 @@ def lrsa_attention_forward(
     elif window:
         out = sliding_attention(query, key, value, window, **options)
     else:
-        config, supervision = _of_layer(config_of(module), layer), kwargs.get("lrsa_supervision")
-        if supervision is not None and supervision.recording:  # the teacher has the full cache
-            config = _full(config)
-        out = lrsa_attention(query, key, value, config, impl=impl, **options)
-        if supervision is not None:
+        out = lrsa_attention(query, key, value, _of_layer(config_of(module), layer), impl=impl, **options)
+        if supervision := kwargs.get("lrsa_supervision"):
             out = supervision.attach(module.layer_idx, query, key, value, out, **options)
     # Contiguous, as every attention of transformers returns it: models may call view on it.
     return out[:, :, -tokens:].transpose(1, 2).contiguous(), None
@@ -109,7 +106,6 @@ def _documents(attention_mask, position_ids) -> tuple[torch.Tensor | None, torch
 
 
 _of_layer = functools.lru_cache(maxsize=1024)(LRSAConfig.for_layer)
-_full = functools.lru_cache(maxsize=64)(LRSAConfig.full)
 
 
 @functools.lru_cache(maxsize=64)

@@ -73,7 +73,7 @@ def predict_memory(plan: Plan) -> Memory:
     else:
         recomputed, kept = 0.0, layers * tokens * layer
     if plan.selection:
-        kept += plan.shape.layers * tokens * 4 * plan.shape.kv_heads  # the teacher's attention to every token
+        kept += plan.shape.layers * tokens * 4 * plan.shape.kv_heads  # the targets of the selection loss
     parts = {
         "weights": _weights(plan),
         "adapter": _adapter(plan),

@@ -10,6 +10,8 @@ from train.settings.schema import ObjectiveSettings, TrainSettings
 # TRL's own defaults that a stored run names nevertheless.
 STORED = ("packing", "report_to", "logging_steps", "seed")
 
+SELECTION = 1.5  # weight of the selection loss
+
 
 def with_defaults(settings: RunSettings, *, use_cpu: bool | None = None) -> RunSettings:
     """The settings with an output directory, precision, device and logging decided.
@@ -49,7 +51,7 @@ def _objective(settings: RunSettings) -> ObjectiveSettings:
     """What the experiments in RESULTS.md support: where few tokens are trained, the selection loss teaches which ones
     will be needed; and steps with the full cache keep its score."""
     answers = any(source.kind != "text" for source in settings.data.each().values())
-    best = {"selection": float(answers), "keep_ratios": [1.0, settings.lrsa.keep_ratio]}
+    best = {"selection": SELECTION if answers else 0.0, "keep_ratios": [1.0, settings.lrsa.keep_ratio]}
     unset = {name: value for name, value in best.items() if getattr(settings.objective, name) is None}
     return settings.objective.model_copy(update=unset)
 

@@ -39,9 +39,9 @@ class ObjectiveSettings(Section):
         1.0, gt=0, description="Temperature of both distributions of the distillation."
     )
     selection: float | None = Field(
-        None, ge=0, description="Weight of the selection loss: LRSA's scores of each window are trained towards "
-        "the attention that later tokens of the teacher (base model, full cache) send there. Default 1; 0 for "
-        "data.kind: text.",
+        None, ge=0, description="Weight of the selection loss: LRSA's scores of each window are trained towards what "
+        "later tokens take from there, their attention with the full cache times the norm of the values. Default "
+        "1.5; 0 for data.kind: text.",
     )  # fmt: skip
     selection_temperature: float = Field(
         20.0,
@@ -63,11 +63,6 @@ class ObjectiveSettings(Section):
         "draw", description="draw: keep_ratios in random order, each once before any comes again; shrink: use them "
         "in order, an equal number of steps each.",
     )  # fmt: skip
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the base model has to run beside the model that is trained."""
-        return bool(self.distillation or self.selection)
 
 
 class ParallelSettings(Section):
