@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+import data
 import lrsa
 from launch import publish, real_model
 from launch.command_line import explain
@@ -187,10 +188,16 @@ def test_a_real_4_bit_base_learns(shared, tmp_path):
     run = tmp_path / "runs" / "four"
     losses = [line["loss_keep_0.25"] for line in log_of(run)]
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2]), "an epoch is two steps"
-    base = AutoModelForCausalLM.from_pretrained(REAL_MODEL)
+    base, settings = AutoModelForCausalLM.from_pretrained(REAL_MODEL), load_settings(str(run / "config.yaml"))
     packed, full = lrsa.load(run, quantization_config=FOUR_BIT), lrsa.load(run)
-    ids = full.tokenizer("The river was found by Anna. " * 40, return_tensors="pt")["input_ids"]
-    assert 0.01 < difference(packed.model, full.model, ids) < difference(base, full.model, ids)
+    [row, *_] = data.load(settings.data, full.tokenizer, settings.train.seed, settings.lrsa.dense_length).train
+    ids, trained = (torch.tensor([row[name]]) for name in ("input_ids", "completion_mask"))
+
+    def loss(model) -> float:
+        with torch.no_grad():
+            return model(ids, labels=ids.where(trained > 0, -100)).loss.item()
+
+    assert loss(packed.model) < 0.5 * loss(base) and loss(full.model) < 0.5 * loss(base), "the adapter works on both"
 
 
 @pytest.mark.slow
