@@ -202,7 +202,7 @@ def _describe(read: list[list[int]], config: LRSAConfig) -> dict:
     compressed = sum(length > config.dense_length for length in lengths) / len(lengths)
     return {
         "n": len(read), "shortest": min(lengths), "median": statistics.median(lengths), "longest": max(lengths),
-        "compressed_share": compressed,
+        "compressed_share": compressed, "lengths": lengths,
     }  # fmt: skip
 
 

@@ -70,7 +70,8 @@ class Results:
         task: `"retrieval"`, `"qa"`, `"chat"` or `"loss"`.
         config: the settings that the models were trained with; its keep ratio is marked as the trained one.
         settings: the full cache first, then falling keep ratios.
-        rows: number and lengths of the rows, and the share of them that is long enough to be compressed.
+        rows: number and lengths of the rows, in their order as `lengths`, and the share of them that is long enough to
+            be compressed.
         details: batch size, seed, versions and the like.
         cells: model name -> setting name -> `Cell`.
         expected: the correct answers of every row that was generated (`None` where none were).

@@ -7,6 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lrsa.evaluation.extra import extra
 from lrsa.evaluation.measure.cost import LayerCost
 from lrsa.evaluation.report.pictures import PICTURE, TRAINING_PICTURE, draw_scores
@@ -63,6 +65,8 @@ def measurements(results: Results) -> str:
         f"![Scores against keep ratio]({PICTURE})",
         *(f"## {TITLES[metric]}\n\n{markdown_table(_score_rows(results, metric))}" for metric in results.metrics),
     ]
+    if by_length := _length_rows(results):
+        sections.append(f"## By length ({results.metrics[0].replace('_', ' ')})\n\n{markdown_table(by_length)}")
     for metric in results.differences:
         title = _difference_title(results, metric)
         sections.append(f"## {title}\n\n{markdown_table(_difference_rows(results, metric))}")
@@ -116,6 +120,23 @@ def _score_rows(results: Results, metric: str) -> list[list[str]]:
         scores = (results.score(model, setting.name, metric) for model in results.models)
         rows.append([setting_name(results, setting), *map(str, scores)])
     return rows
+
+
+def _length_rows(results: Results) -> list[list[str]]:
+    """The headline in up to four groups of equally many rows, from short to long; nothing for rows of one length."""
+    lengths = results.rows.get("lengths", [])
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = [list(map(int, group)) for group in np.array_split(order, min(4, len(order) // 2) or 1)]
+    if len(groups) == 1 or len(set(lengths)) == 1:
+        return []
+    table = [["tokens", "rows", "cache", *results.models]]
+    for group in groups:
+        tokens = f"{lengths[group[0]]} to {lengths[group[-1]]}"
+        for setting in (s for s in results.settings if s.name in ("full", results.trained)):
+            scores = [results.score(model, setting.name).per_row for model in results.models]
+            means = [f"{sum(rows[i] for i in group) / len(group):.3f}" for rows in scores]
+            table.append([tokens, str(len(group)), setting_name(results, setting), *means])
+    return table
 
 
 def setting_name(results: Results, setting: Setting) -> str:

@@ -146,8 +146,21 @@ def test_files_can_be_read_and_hold_everything(adapted, tmp_path):
     report = (directory / "report.md").read_text(encoding="utf-8")
     assert str(results.score("lrsa", "1/8")) in report and "keep 1/8 (trained)" in report
     tables = re.findall(r"(?:^\|.*\n)+", report, flags=re.MULTILINE)
-    assert len(tables) == 6 and all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
+    assert len(tables) == 7 and all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
     assert (directory / "score_vs_keep_ratio.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_splits_rows_by_length(adapted):
+    rows = make_rows(8)
+    results = run(adapted, rows)
+    table = markdown(results).partition("## By length (loss)\n\n")[2].partition("\n\n")[0].splitlines()
+    lengths = [len(row["input_ids"]) for row in rows]
+    shortest = sorted(range(8), key=lengths.__getitem__)[:2]
+    expected = sum(results.score("lrsa", "1/8").per_row[row] for row in shortest) / 2
+    cells = [cell.strip() for cell in table[3].strip("|").split("|")]
+    assert len(table) == 2 + 4 * 2 and cells[1:3] == ["2", "keep 1/8 (trained)"]
+    assert cells[0] == f"{lengths[shortest[0]]} to {lengths[shortest[1]]}" and cells[-1] == f"{expected:.3f}"
+    assert "By length" not in markdown(run(adapted, [rows[0]] * 4)), "rows of one length"
 
 
 @pytest.mark.parametrize("width", [80, 140])
