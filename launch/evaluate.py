@@ -4,6 +4,7 @@
   python launch/evaluate.py --run runs/qa --keep-ratios 1/2,1/8,1/16 --rows 500 --out runs/qa/more-ratios
   python launch/evaluate.py --adapter user/adapter-on-the-hub --config qa.yaml
   python launch/evaluate.py --model user/model-on-the-hub --config qa.yaml --lags 64,128 --layers
+  python launch/evaluate.py --run runs/qa --suite long_context
 
 Base model and data come from the run's config.yaml, or from --config; the compression always from the lrsa_config.json
 beside the adapter, with top_k changed for each keep ratio (top_k / lag_size). A control (eval.control) is measured too.
@@ -11,6 +12,8 @@ beside the adapter, with top_k changed for each keep ratio (top_k / lag_size). A
 lrsa section, for other lags and other choices of tokens too, and which layers to keep whole (--layers).
 Writes report.md, results.json and pictures into --out, by default into the run's directory, where they replace the
 earlier ones (and its model card). eval.metric=loss only reads the right answers, which takes the shortest time.
+--suite measures long contexts instead: passkeys and other hidden facts over lengths and depths, real questions, the
+loss by position, RULER, and LongBench where the Hub is reached; writes suite.md, suite.json and pictures.
 """
 
 from __future__ import annotations
@@ -39,6 +42,9 @@ def main() -> int:
     parser.add_argument(
         "--scores", type=_list(str), metavar="S,S,...", help="with --model: of lag_relative,recent,random; default all"
     )
+    parser.add_argument(
+        "--suite", type=_list(str), metavar="T,T,...", help="long_context, or some of its tasks, in place of eval.suite"
+    )
     parser.add_argument("--layers", action="store_true", help="with --model: choose the layers to keep whole")
     parser.add_argument(
         "--keep-ratios",
@@ -62,14 +68,17 @@ def evaluate(options: argparse.Namespace) -> None:
 
     import data
     from lrsa.evaluation.measure.controls import SCORES
-    from train.evaluation import evaluate_model, evaluate_run
+    from lrsa.evaluation.measure.state import Variant
+    from train.evaluation import BASE, evaluate_model, evaluate_run, load_base, load_variants, reported
     from train.model import load_tokenizer
     from train.publish.model_card import save_model_card
     from train.resume.run_directory import changed_rows, config_of_run
     from train.settings.defaults import with_defaults
     from train.settings.load import load_settings
+    from train.suite import run_suite
 
-    given = {"keep_ratios": options.keep_ratios, "rows": options.rows, "batch_size": options.batch_size}
+    given = {"keep_ratios": options.keep_ratios, "rows": options.rows}
+    given |= {"batch_size": options.batch_size, "suite": options.suite}
     overrides = [f"eval.{name}={value}" for name, value in given.items() if value is not None]
     # Nothing is trained: the training machine's DeepSpeed file may be missing on this one.
     overrides = ["train.deepspeed=null", *options.set, *overrides]
@@ -77,12 +86,17 @@ def evaluate(options: argparse.Namespace) -> None:
     settings = with_defaults(load_settings(options.config or config_of_run(options.run), overrides))
     tokenizer = load_tokenizer(settings.model)
     corpus = data.load(settings.data, tokenizer, settings.train.seed, settings.lrsa.dense_length)
+    adapter = options.run or options.adapter
+    name = adapter if adapter else f"{Path(options.model).name}-untuned"
+    out = Path(options.out) if options.out else Path(name) if Path(name).is_dir() else Path("runs") / name
+    if options.suite:
+        with reported("Lower eval.batch_size."):
+            plain = (settings.lrsa, {BASE: Variant(load_base(settings), None)}) if options.model else None
+            run_suite(settings, *(plain or load_variants(settings, adapter)), tokenizer, corpus, Console(), out)
+        return
     if options.model:
-        out = Path(options.out or Path("runs") / f"{Path(options.model).name}-untuned")
         chosen = {"lags": options.lags or (), "scores": options.scores or tuple(SCORES), "layers": options.layers}
         return evaluate_model(settings, tokenizer, corpus.evaluation, Console(), out, **chosen)
-    adapter = options.run or options.adapter
-    out = Path(options.out) if options.out else Path(adapter) if Path(adapter).is_dir() else Path("runs") / adapter
     if options.run and (changed := changed_rows(Path(options.run), corpus.report)):
         Console(stderr=True).print(f"warning: {changed}; some rows may have been trained on", style="bold yellow")
     results = evaluate_run(settings, adapter, tokenizer, corpus.evaluation, Console(), out)

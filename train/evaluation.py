@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa import LRSAConfig
 from lrsa.evaluation import Results, Variant, compare, draw_training, print_report, save_report
@@ -57,7 +57,7 @@ def evaluate_run(
     out, found = Path(adapter) if out is None else out, []
     save_training_losses(Path(adapter), out)
     for task, own, folder in _by_source(settings, rows, out, console):
-        with _reported(f"The adapter is saved; evaluate it with launch/evaluate.py --run {adapter} --batch-size 1"):
+        with reported(f"The adapter is saved; evaluate it with launch/evaluate.py --run {adapter} --batch-size 1"):
             results = compare(
                 models, tokenizer, own, task, lrsa, settings.eval.keep_ratios,
                 max_new_tokens=settings.eval.max_new_tokens, metric=settings.eval.metric, **_options(settings),
@@ -106,9 +106,9 @@ def evaluate_model(
         SettingsError: when a lag, a score or the rows cannot be used.
         RunFailed: when a batch does not fit the memory.
     """
-    model = _on_device(settings, load_model(settings.model)).eval()
+    model = load_base(settings)
     for task, own, folder in _by_source(settings, rows, out, console):
-        with _reported("Lower eval.batch_size."):
+        with reported("Lower eval.batch_size."):
             results = study(
                 model, tokenizer, own, task, settings.lrsa, settings.eval.keep_ratios, lags=lags, scores=scores,
                 max_new_tokens=settings.eval.max_new_tokens, metric=settings.eval.metric, **_options(settings),
@@ -125,7 +125,7 @@ def evaluate_model(
 
 
 @contextmanager
-def _reported(advice: str) -> Iterator[None]:
+def reported(advice: str) -> Iterator[None]:
     """What cannot be measured as a message to the person who asked; `advice` follows on memory that is too small."""
     try:
         yield
@@ -142,7 +142,9 @@ def _options(settings: RunSettings) -> dict:
     return {"batch_size": settings.eval.batch_size, "seed": settings.train.seed, "progress": progress}
 
 
-def _on_device(settings: RunSettings, model):
+def load_base(settings: RunSettings) -> PreTrainedModel:
+    """The base model where it is measured."""
+    model = load_model(settings.model).eval()
     model.lrsa_impl = settings.model.attention  # see `with_attention`
     if settings.model.quantization is not None:  # it is where it was quantised
         return model
@@ -157,7 +159,7 @@ def save_training_losses(run: Path, out: Path) -> None:
 
 def load_variants(settings: RunSettings, adapter: str | Path) -> tuple[LRSAConfig, dict[str, Variant]]:
     """The adapter's compression, and base, control and adapter as variants of one model: weights are loaded once."""
-    base = _on_device(settings, load_model(settings.model))
+    base = load_base(settings)
     try:
         directory = fetch_adapter(str(adapter), {})
         if directory is None:

@@ -26,7 +26,7 @@ from train.distributed.ulysses import (
     share_rows,
 )
 from train.estimate.report import out_of_memory
-from train.evaluation import evaluate_run, save_training_losses
+from train.evaluation import evaluate_run, load_variants, save_training_losses
 from train.failures import is_out_of_memory
 from train.model import check_weights, load_model, load_tokenizer, token_problems
 from train.objective import objective_problems
@@ -44,6 +44,7 @@ from train.resume.run_directory import (
 from train.settings.defaults import with_defaults
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
+from train.suite import run_suite
 from train.trainer import LRSATrainer
 
 
@@ -100,6 +101,8 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
         evaluated = settings.eval.enabled
         results = evaluate_run(settings, directory, tokenizer, corpus.evaluation, console) if evaluated else None
         save_model_card(settings, directory, results)
+        if evaluated and settings.eval.suite:
+            run_suite(settings, *load_variants(settings, directory), tokenizer, corpus, console, directory)
     return directory
 
 

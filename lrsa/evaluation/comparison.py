@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +47,8 @@ def compare(
     metric: Literal["generation", "loss", "both"] = "both",
     batch_size: int = 16,
     max_new_tokens: int | None = None,
+    score: Callable[[Sequence[str], Sequence[dict], int], dict[str, Score]] | None = None,
+    edges: Sequence[int] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> Results:
@@ -66,7 +68,8 @@ def compare(
             What amounts to 1 is left out, being the full cache.
         metric: whether answers are generated and scored, or read as they should be (loss and token accuracy, many times
             faster), or both. Documents are only read.
-        batch_size, max_new_tokens: as `generate_answers` and `evaluate_loss` take them.
+        batch_size, max_new_tokens, edges: as `generate_answers` and `teacher_forced` take them.
+        score: scores generated answers, given them, their rows and `seed`, in place of the task's own metrics.
         seed: of the bootstrap; generation is greedy and needs none.
         progress: print rows done, time left and the score so far on standard error.
 
@@ -78,23 +81,29 @@ def compare(
         ValueError: when task, ratios, rows or models cannot be used; said before anything is run.
     """
     _check(models, tokenizer, rows, task, metric)
-    work = _Work(task, metric, tokenizer, rows, batch_size, max_new_tokens, seed)
-    first = next(iter(models.values()))
+    work = _Work(task, metric, tokenizer, rows, batch_size, max_new_tokens, score or SCORES.get(task), edges, seed)
     read = [row["input_ids"] if work.reads else row["input_ids"][: row["prompt_length"]] for row in rows]
-    lengths = list(map(len, read))
+    lengths, first = list(map(len, read)), next(iter(models.values()))
     settings = [Setting(setting, _cost(first, setting, read)) for setting in _settings(config, keep_ratios)]
+    cells = _cells(work, models, settings, lengths, silent=not progress)
+    expected = [row["answers"] for row in work.asked] if "generation" in work.passes else None
+    return Results(task, config, settings, _describe(read, config), _details(models, work), cells, expected)
+
+
+def _cells(
+    work: _Work, models: dict, settings: list[Setting], lengths: list[int], silent: bool
+) -> dict[str, dict[str, Cell]]:
+    """Every model at every setting; the full cache once for one set of weights, whatever would be kept of it."""
     jobs = {(name, setting.name): _job(models[name], setting) for name in models for setting in settings}
-    bar = Progress(len(set(jobs.values())) * work.size, silent=not progress)
+    bar = Progress(len(set(jobs.values())) * work.size, silent=silent)
     done: dict[tuple, Cell] = {}
-    for (name, setting), job in jobs.items():  # the full cache is the same whatever would be kept of it
+    for (name, setting), job in jobs.items():
         if job not in done:
             model, start = models[name], time.perf_counter()
             with _adapter(model), with_attention(_plain(model), job[-1]):
                 scores, answers = work.measure(_plain(model), bar, f"{name}, {setting}")
             done[job] = Cell(scores, answers, time.perf_counter() - start, kept_share(_plain(model), job[-1], lengths))
-    cells = {name: {setting.name: done[jobs[name, setting.name]] for setting in settings} for name in models}
-    expected = [row["answers"] for row in work.asked] if "generation" in work.passes else None
-    return Results(task, config, settings, _describe(read, config), _details(models, work), cells, expected)
+    return {name: {setting.name: done[jobs[name, setting.name]] for setting in settings} for name in models}
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,8 @@ class _Work:
     rows: Sequence[dict]
     batch_size: int
     max_new_tokens: int | None
+    score: Callable | None
+    edges: Sequence[int]
     seed: int
 
     @property
@@ -147,24 +158,27 @@ class _Work:
             bar.begin(name, "accuracy" if self.task == "retrieval" else "F1")
 
             def tell(batch: list[int], found: list[str]) -> None:
-                bar.add(next(iter(self._scores(found, [self.asked[i] for i in batch]).values())).per_row)
+                found_rows = [self.asked[i] for i in batch]
+                bar.add(next(iter(self.score(found, found_rows, self.seed).values())).per_row)
 
             options |= {"max_new_tokens": self.most_tokens, "progress": tell}
             answers = generate_answers(model, self.tokenizer, self.asked, **options)
-            scores = self._scores(answers, self.asked)
+            scores = self.score(answers, self.asked, self.seed)
         if "loss" in self.passes:
             bar.begin(name, "loss")
             options = {"batch_size": self.batch_size, "progress": lambda _, losses: bar.add(losses)}
-            read = teacher_forced(model, self.rows, seed=self.seed, **options)
+            read = teacher_forced(model, self.rows, edges=self.edges, seed=self.seed, **options)
             scores = read | scores if self.reads else scores | read
         if self.task == "loss":
             scores["perplexity"] = perplexity_of(scores["loss"])
         return scores, answers
 
-    def _scores(self, answers: Sequence[str], rows: Sequence[dict]) -> dict[str, Score]:
-        if self.task == "retrieval":
-            return {"accuracy": score_retrieval(answers, rows, self.seed)}
-        return score_question_answering(answers, rows, self.seed)
+
+def _score_retrieval(answers: Sequence[str], rows: Sequence[dict], seed: int) -> dict[str, Score]:
+    return {"accuracy": score_retrieval(answers, rows, seed)}
+
+
+SCORES = {"retrieval": _score_retrieval, **dict.fromkeys(("qa", "chat"), score_question_answering)}
 
 
 def _settings(config: LRSAConfig, keep_ratios: Sequence[float]) -> list[LRSAConfig | None]:

@@ -6,8 +6,8 @@ import importlib
 from types import ModuleType
 
 
-def extra(module: str) -> ModuleType:
-    """Import a module of matplotlib or rich.
+def extra(module: str, group: str = "evaluation") -> ModuleType:
+    """Import a module of matplotlib, rich or, with `group="harness"`, lm_eval.
 
     Raises:
         ImportError: when it is not installed, with what to install.
@@ -16,4 +16,4 @@ def extra(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f'{package} is needed here: pip install "lrsa[evaluation]" ({error})') from error
+        raise ImportError(f'{package} is needed here: pip install "lrsa[{group}]" ({error})') from error

@@ -17,9 +17,12 @@ from trl import SFTConfig
 
 from data.settings import DataSettings
 from lrsa import LRSAConfig
+from lrsa.evaluation.suite import TASKS
 from train.settings.model import LoraSettings, ModelSettings, Section
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
+WHOLE_SUITE = "long_context"
+SuiteTask = Literal[(WHOLE_SUITE, *TASKS)]
 
 
 class ObjectiveSettings(Section):
@@ -102,6 +105,16 @@ class EvalSettings(Section):
         description="Maximum length of a generated answer; when not set, that of the longest correct answer and "
         "one token. Not used by text, whose loss is measured.",
     )
+    suite: list[SuiteTask] | None = Field(
+        None, description="Tasks of the long-context suite to measure after training too; [long_context] is all of "
+        "them. Hours on a large model.",
+    )  # fmt: skip
+    suite_lengths: list[Annotated[int, Field(ge=64)]] | None = Field(
+        None,
+        description="Tokens per row of the suite; when not set, four lengths up to the model's, each twice the last.",
+    )
+    suite_depths: int = Field(5, ge=1, description="Places in the text at which the suite hides a fact.")
+    suite_rows: int = Field(4, ge=1, description="Rows of the suite for each length and depth.")
     control: bool = Field(
         False,
         description="Also train a control, a LoRA with dense attention and cross-entropy on the same data, seed "

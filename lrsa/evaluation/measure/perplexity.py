@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ def teacher_forced(
     rows: Sequence[dict],
     *,
     batch_size: int = 8,
+    edges: Sequence[int] = (),
     progress: Callable[[list[int], list], object] | None = None,
     seed: int = 0,
 ) -> dict[str, Score]:
@@ -48,17 +50,27 @@ def teacher_forced(
         rows: each `{"input_ids": [...]}` of at least 2 tokens; with `"prompt_length"` the prompt's tokens do not count,
             and with `"trained"`, a bool for every token, only those that it marks.
         batch_size: rows per batch; padded on the right, where no token of the row sees it, so that no mask is needed.
+        edges: positions in a row; the loss between each two of them is measured too, as `"loss_FROM_TO"`.
         progress: called after every batch with its row numbers and their losses.
 
     Raises:
-        ValueError: when a row has no token to predict.
+        ValueError: when a row has no token to predict, or none between two edges.
     """
     tokens = forced_tokens(model, rows, batch_size=batch_size, progress=progress)
     loss, right = ([part.double().mean().item() for part in parts] for parts in zip(*tokens, strict=True))
-    return {
+    scores = {
         "loss": Score.from_rows(loss, "nats per token", seed),
         "token_accuracy": Score.from_rows(right, "tokens right", seed),
     }
+    firsts = [max(1, row.get("prompt_length", 0)) for row in rows]
+    for begin, end in pairwise(edges):
+        pairs = zip(tokens, firsts, strict=True)
+        spans = [part[max(begin - first, 0) : max(end - first, 0)] for (part, _), first in pairs]
+        if not all(map(len, spans)):
+            raise ValueError(f"a row has no token to predict from position {begin} to {end}: give other edges.")
+        means = [span.double().mean().item() for span in spans]
+        scores[f"loss_{begin}_{end}"] = Score.from_rows(means, "nats per token", seed)
+    return scores
 
 
 def forced_tokens(
