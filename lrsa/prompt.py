@@ -12,7 +12,7 @@ from transformers import BatchEncoding
 from transformers.utils import cached_file
 
 PROMPT_NAME = "lrsa_prompt.json"
-_USER, _ANSWER = "USERTEXTGOESHERE", "ANSWERTEXTGOESHERE"
+_USER, _ANSWER = "UserTextGoesHere", "AnswerTextGoesHere"  # mixed, for templates that change case
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _DATE = datetime(2024, 7, 26)  # for templates that write the day: a prompt shall not change from one day to the next
 

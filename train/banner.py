@@ -69,6 +69,9 @@ def facts(settings: RunSettings, trainer: LRSATrainer, report: DataReport) -> li
         ("memory", _memory(settings, trainer, report)),
         ("output", str(args.output_dir)),
     ]  # fmt: skip
+    if (warmup := args.get_warmup_steps(steps)) >= steps:
+        text = f"a warmup of {warmup} steps never reaches train.learning_rate in {steps} steps: lower it"
+        lines.append(("warning", text))
     positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and report.lengths["longest"] > positions:
         text = f"rows of up to {report.lengths['longest']:.0f} tokens exceed the model's {positions} positions"

@@ -55,6 +55,8 @@ def records_of(file: Path) -> Iterator[Any]:
             f"{file}: unknown kind of file; allowed are {', '.join(KINDS)}, text formats also with {packed} behind "
             "it. Convert it first."
         )
+    if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs.github.com/spec/"):
+        raise DataError(f"{file} is a Git LFS pointer, not the data: run git lfs pull, or download the file itself.")
     read = {"text": _text, "json": _json, "csv": _csv, "parquet": _parquet, "arrow": _arrow}[kind]
     try:
         yield from read(file)

@@ -70,8 +70,10 @@ def test_without_a_template_bos_and_eos_stand_around(byte_tokenizer):
         "{{ messages[0]['content'] }}",
         "{{ messages[0]['content'] * 2 }}{{ messages[1]['content'] }}",
         "{{ messages[1]['content'] }}{{ messages[0]['content'] }}",
+        "{{ messages[0]['content'] | upper }}{{ messages[1]['content'] }}",
+        "{{ messages[0]['content'] }}{{ messages[1]['content'] | lower }}",
     ],
-    ids=["raises", "no answer", "question twice", "wrong order"],
+    ids=["raises", "no answer", "question twice", "wrong order", "upper case", "lower case"],
 )
 def test_a_template_that_cannot_be_used_is_an_error(template, byte_tokenizer):
     with pytest.raises(ValueError, match="chat template"):

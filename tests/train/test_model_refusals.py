@@ -57,3 +57,10 @@ def test_a_token_without_an_embedding_is_refused(workplace, capsys):
         message = capsys.readouterr().err
         assert f"model.name_or_path: token <new pad> has id {size}, but the model has {size} embeddings" in message
         assert "resize_token_embeddings" in message
+
+
+def test_a_warmup_that_never_ends_is_told(workplace, capsys):
+    for warmup, told in ((5, True), (1, False)):
+        assert run_here(workplace, "train.max_steps=2", f"train.warmup_steps={warmup}") == 0
+        banner = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert ("a warmup of 5 steps never reaches train.learning_rate in 2 steps" in banner) == told

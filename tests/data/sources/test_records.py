@@ -110,6 +110,9 @@ def test_a_name_that_is_neither_file_nor_reachable_says_what_was_tried(tmp_path,
         assert part in str(caught.value)
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 @pytest.mark.parametrize(
     "name, content, part",
     [
@@ -128,6 +131,10 @@ def test_a_name_that_is_neither_file_nor_reachable_says_what_was_tried(tmp_path,
         ("a.jsonl.gz", "text", r"cannot be read as \.jsonl\.gz"),
         ("a.parquet.gz", "text", "unknown kind of file; allowed are"),
         ("a.jsonl", '{"text": "one"}\n{"text": "a \\ud83d b"}', r"record 1, field text: 'a \\ud83d b' holds half of a"),
+        *(
+            (f"a.{kind}", LFS, "Git LFS pointer, not the data: run git lfs pull")
+            for kind in ("txt", "jsonl", "parquet")
+        ),
         ("a.json", '[{"answers": {"text": ["\\uDC00"]}}]', "record 0, field answers.text.0"),
     ],
 )
