@@ -48,9 +48,12 @@ def lrsa_attention_forward(
     layer, attention_mask, position_ids = _owner(module, key, attention_mask, position_ids)
     if shares and tokens < key.shape[2]:  # the model has left out queries whose logits nobody wants
         query = F.pad(query, (0, 0, key.shape[2] - tokens, 0))
-    if module.layer_idx == first_attention(module.config):
-        _refuse_other_rotation(module, query.shape[2], position_ids, getattr(key, "lrsa_cache", None))
     cache = getattr(key, "lrsa_cache", None)
+    if module.layer_idx == first_attention(module.config):
+        held = cache is not None and any(hasattr(layer, "seen") for layer in cache.layers)  # not recurrent states alone
+        before = cache.get_seq_length() if held else 0
+        _refuse_other_rotation(module, before + query.shape[2], position_ids if cache is None else None)
+        _refuse_counted_padding(module, before, attention_mask, position_ids)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -175,13 +178,26 @@ def _refuse_packing(module, query, attention_mask, position_ids) -> None:
             )
 
 
-def _refuse_other_rotation(module, tokens: int, position_ids, cache) -> None:
+def _refuse_counted_padding(module, before: int, attention_mask, position_ids) -> None:
+    """Padding in front of a row that counts as positions turns all keys of the row, and others would be selected."""
+    if attention_mask is None or position_ids is None or attention_mask.shape[1] != position_ids.shape[1]:
+        return
+    real = attention_mask.bool()
+    first = real.int().argmax(1, keepdim=True)
+    counted = position_ids.expand(real.shape).gather(1, first) == before + first
+    if (counted & (first > 0) & real.any(1, keepdim=True)).any():
+        raise ValueError(
+            "lrsa needs positions that count from a row's first real token, and in this batch the padding on the left "
+            f"counts ({module.config.model_type}): pass position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0), "
+            "as generate does of most models; where generate leaves them out, generate for each row by itself."
+        )
+
+
+def _refuse_other_rotation(module, longest: int, position_ids) -> None:
     switch = rotary_switch(module.config)
     if switch is None:
         return
-    held = cache is not None and any(hasattr(layer, "seen") for layer in cache.layers)  # not recurrent states alone
-    longest = tokens + (cache.get_seq_length() if held else 0)
-    if cache is None and position_ids is not None:
+    if position_ids is not None:
         longest = int(position_ids.max()) + 1
     if longest > switch:
         raise ValueError(

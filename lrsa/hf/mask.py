@@ -37,7 +37,7 @@ def lrsa_mask(
     """
     if config is not None:
         hand_latents_on(type(config))
-    if use_vmap:
+    if use_vmap and not _shows_in_neighbours(mask_function):
         raise ValueError(
             "lrsa does not support this model: it adds its own pattern to the causal mask. Use lrsa.remove_lrsa(model)."
         )
@@ -48,7 +48,8 @@ def lrsa_mask(
     positions = None
     plain = (causal_mask_function, bidirectional_mask_function)  # the latter for attention across inputs
     if mask_function not in plain and q_length > 1:
-        positions = _positions(mask_function, batch_size, q_length, device)
+        kind = getattr(config, "model_type", "unknown")
+        positions = _positions(mask_function, batch_size, q_length, device, kind)
     if attention_mask is None:
         found = positions
     else:
@@ -59,14 +60,22 @@ def lrsa_mask(
     return found[:, None, :, None] if is_sliced else found
 
 
-def _positions(mask_function: Callable, batch: int, length: int, device) -> torch.Tensor | None:
+def _shows_in_neighbours(mask_function: Callable) -> bool:
+    """Whether a pattern is causal but for documents and blocks (images), which show in what neighbours see."""
+    inner = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    parts = [part for value in inner for part in (value if isinstance(value, tuple) else (value,)) if callable(part)]
+    known = ("causal_mask_function", "sliding_window_overlay", "blockwise_overlay", "packed_sequence_mask_function")
+    return all(map(_shows_in_neighbours, parts)) if parts else mask_function.__qualname__.split(".")[0] in known
+
+
+def _positions(mask_function: Callable, batch: int, length: int, device, kind: str) -> torch.Tensor | None:
     """Positions in packed documents, read from which neighbours see each other; `None` for one document a row."""
     row, first = torch.arange(batch, device=device)[:, None], torch.zeros(1, dtype=torch.long, device=device)
     place = torch.arange(length, device=device)
     if torch.as_tensor(mask_function(row, first, place[None, :-1], place[None, 1:])).any():
         raise ValueError(
-            "lrsa does not support what this model is given: its tokens see later ones, as those of an image do in "
-            "some models, so it adds its own pattern to the causal mask. Give it text, or use lrsa.remove_lrsa(model)."
+            f"lrsa does not support an image for this model ({kind}), or whatever else it is given whose tokens see "
+            "later ones: it adds its own pattern to the causal mask. Give it text, or use lrsa.remove_lrsa(model)."
         )
     together = torch.as_tensor(mask_function(row, first, place[None, 1:], place[None, :-1])).expand(batch, length - 1)
     if together.all():

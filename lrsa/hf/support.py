@@ -75,7 +75,10 @@ def check_named(config: PreTrainedConfig, module: torch.nn.Module | None = None)
     text = config.get_text_config(decoder=True)
     problem = _problem_of_config(text) or (module is not None and _problem_of_module(module))
     if problem:
-        raise ValueError(f"lrsa does not support this model ({text.model_type}): {problem}.")
+        raise ValueError(
+            f"lrsa does not support this model ({text.model_type}): {problem}. Of a model for text and images, "
+            "lrsa.apply_lrsa(model, config) sets the language model alone."
+        )
 
 
 def _problem_of_config(text) -> str:

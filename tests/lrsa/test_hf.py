@@ -104,8 +104,9 @@ def test_checkpointed_padded_and_packed_batches(random_llama):
     ids = torch.randint(0, 48, (2, 80))
     mask = torch.ones(2, 80, dtype=torch.long)
     mask[1, :30] = 0
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
     positions = torch.cat([torch.arange(50), torch.arange(30)]).expand(2, -1)
-    for options in ({"attention_mask": mask}, {"position_ids": positions}):
+    for options in ({"attention_mask": mask, "position_ids": counted}, {"position_ids": positions}):
         model.gradient_checkpointing_disable()
         expected = loss_of(model, ids, use_cache=False, **options)
         model.enable_input_require_grads()

@@ -52,6 +52,11 @@ VALUES = [
         "n_groups mamba_ngroups first_k_dense_replace indexer_kv_heads",
     ),
     (24, "local_attention"),
+    (50, "image_token_id image_token_index"),
+    (51, "video_token_id video_token_index"),
+    (52, "vision_start_token_id image_start_token_id boi_token_id"),
+    (53, "vision_end_token_id image_end_token_id eoi_token_id"),
+    (54, "audio_token_id audio_token_index"),
     (0, "pad_token_id num_mtp_layers"),
     (
         0.0,
@@ -165,9 +170,9 @@ PARTS = {
         "depth": 1,
         "embed_dim": 16,
         "num_heads": 2,
-        "image_size": 28,
+        "image_size": 56,
         "patch_size": 14,
-        "crop_size": 28,
+        "crop_size": 56,
         "out_hidden_size": 32,
         "mlp_dim": 16,
         "output_channels": 16,
@@ -206,15 +211,17 @@ def _config(kind: type[PreTrainedConfig], options: dict) -> PreTrainedConfig:
     fields = fields_of(kind)
     values = {name: value for name, value in SMALL.items() if name in fields}
     for name, part in (getattr(kind, "sub_configs", None) or {}).items():
-        if name in options:
+        given = options.get(name, {})
+        if "model_type" in given:
             continue
         if part is AutoConfig:
             part = type(getattr(kind(), name, None))
         if not issubclass(part, PreTrainedConfig):
             continue
         mine = PARTS.get(name, {}) if name != "text_config" else OVERRIDES.get(part.model_type, {})
-        made = _config(part, {key: value for key, value in mine.items() if key in fields_of(part)})
-        values[name] = made.to_dict()
+        mine = {key: value for key, value in mine.items() if key in fields_of(part)}
+        values[name] = _config(part, mine | given).to_dict()
+        options = {key: value for key, value in options.items() if key != name}
     return kind(**values | options)
 
 
@@ -227,19 +234,19 @@ def build(family: str, seed: int = 0, **options) -> PreTrainedModel:
     return build_config(config_of(family, **options), seed)
 
 
-def build_config(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def build_config(config: PreTrainedConfig, seed: int = 0, auto: type = AutoModelForCausalLM) -> PreTrainedModel:
     """A model of a configuration, its weights made random where transformers sets them to constants."""
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+        size = sum(p.numel() for p in auto.from_config(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise ValueError(f"a tiny {config.model_type} has {size:,} parameters: add its fields to the tables above.")
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+        model = auto.from_config(config, attn_implementation="eager", experts_implementation="eager")
     except (TypeError, ValueError) as error:
         if "experts" not in str(error):
             raise
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = auto.from_config(config, attn_implementation="eager")
     _randomise(model)
     return (model if config.model_type in SINGLE else model.double()).eval()
 

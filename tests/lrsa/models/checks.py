@@ -13,59 +13,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from lrsa import LRSACache, LRSAConfig, apply_lrsa, remove_lrsa
+from lrsa import LRSACache, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT
 from tests.lrsa.models.oracle import oracle
+from tests.lrsa.models.subject import CONFIG, LENGTH, Subject, logits
 
-CONFIG = LRSAConfig(sink_size=3, lag_size=8, top_k=2)
-LENGTH = 60
 CHUNKINGS = {"one chunk": [LENGTH], "chunks": [25, 1, 9, 20, 5], "tokens": [1] * LENGTH}
 PADDED = (60, 33)  # real tokens of the rows of a padded batch
 PACKED = (37, 33)
 
 
-class Subject:
-    """A model without LRSA, some rows, and what it must give; every check works on a copy.
-
-    Attributes:
-        own: logits of the model's own attention over `ids`; expected: those of the oracle.
-        kinds: what the attention calls of the oracle were.
-        pads: whether the model itself gives a padded row what it gives the row alone.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        generator = torch.Generator().manual_seed(3)
-        self.ids = torch.randint(3, 45, (1, LENGTH), generator=generator)
-        self.pads = True
-        self.exact = next(model.parameters()).dtype == torch.float64
-        with oracle(model, None), torch.no_grad():
-            self.own = logits(model, self.ids)
-        with oracle(model, CONFIG) as self.kinds, torch.no_grad():
-            self.expected = logits(model, self.ids)
-
-    def applied(self) -> PreTrainedModel:
-        return apply_lrsa(copy.deepcopy(self.model), CONFIG)
-
-    def close(self, found: torch.Tensor, expected: torch.Tensor, own_error: float = 0.0) -> None:
-        """Equal to rounding, or as far off as the model is without LRSA (recurrences that compute in fp32)."""
-        scale = max(float(expected.abs().max()), 1e-3)
-        allowed = scale * max(3e-6 if self.exact else 1e-3, 10 * min(own_error, 1e-3))
-        error = float((found - expected).detach().abs().max())
-        assert error <= allowed, f"differs by {error:.1e} of {scale:.1f}"
-
-    def own_error(self, found: torch.Tensor, expected: torch.Tensor) -> float:
-        return float((found - expected).detach().abs().max()) / max(float(expected.abs().max()), 1e-3)
-
-
-def logits(model, ids: torch.Tensor, **options) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False, **options).logits
-
-
 def one_forward(subject: Subject) -> str | None:
     """One forward over a row equals the oracle."""
     with torch.no_grad():
-        subject.close(logits(subject.applied(), subject.ids), subject.expected)
+        subject.close(logits(subject.applied(), subject.ids, **subject.image), subject.expected)
     if "compressed" not in subject.kinds:
         return "nothing to compress"
     assert float((subject.expected - subject.own).abs().max()) > 1e-3, "the oracle hides nothing"
@@ -76,9 +37,9 @@ def gradients(subject: Subject) -> str | None:
     """The gradients of all parameters equal those of the oracle."""
     model = copy.deepcopy(subject.model)
     with oracle(model, CONFIG):
-        expected = _gradients(model, logits(model, subject.ids))
+        expected = _gradients(model, logits(model, subject.ids, **subject.image))
     model = subject.applied()
-    found = _gradients(model, logits(model, subject.ids))
+    found = _gradients(model, logits(model, subject.ids, **subject.image))
     assert found.keys() == expected.keys(), f"gradients for {found.keys() ^ expected.keys()}"
     largest = max(float(x.abs().max()) for x in expected.values())
     for name, value in expected.items():
@@ -97,14 +58,17 @@ def _gradients(model, out: torch.Tensor) -> dict[str, torch.Tensor]:
 def over_the_cache(subject: Subject) -> str | None:
     """One forward equals three ways of feeding the tokens over an `LRSACache`."""
     for name, chunks in CHUNKINGS.items():
+        if subject.head > chunks[0]:  # the image comes with the first chunk
+            sizes = torch.tensor(chunks).cumsum(0)
+            chunks = [subject.head, *sizes[sizes > subject.head].diff(prepend=torch.tensor([subject.head])).tolist()]
         with contextlib.suppress(Exception):
-            dense = _fed(subject.model, subject.ids, chunks, None)
+            dense = _fed(subject, subject.model, chunks, None)
         try:
             own_error = subject.own_error(dense, subject.own)
         except NameError:
             own_error = 0.0
         cache = LRSACache(CONFIG)
-        found = _fed(subject.applied(), subject.ids, chunks, cache)
+        found = _fed(subject, subject.applied(), chunks, cache)
         try:
             subject.close(found, subject.expected, own_error)
         except AssertionError as error:
@@ -112,12 +76,16 @@ def over_the_cache(subject: Subject) -> str | None:
     return None
 
 
-def _fed(model, ids, chunks, cache) -> torch.Tensor:
+def _fed(subject: Subject, model, chunks, cache) -> torch.Tensor:
     parts, start = [], 0
     for size in chunks:
         options = {} if cache is None else {CACHE_ARGUMENT: cache}
+        given = {"input_ids": subject.ids[:, start : start + size]}
+        if subject.image and not start:
+            given = subject.inputs(size)
+            del given["attention_mask"]
         with torch.no_grad():
-            out = model(input_ids=ids[:, start : start + size], use_cache=True, **options)
+            out = model(**given, use_cache=True, **options)
         cache = cache if cache is not None else out[CACHE_ARGUMENT]
         parts.append(out.logits)
         start += size
@@ -126,21 +94,20 @@ def _fed(model, ids, chunks, cache) -> torch.Tensor:
 
 def padded(subject: Subject) -> str | None:
     """A row in a batch padded on the left equals the row alone."""
-    rows = [subject.ids[0, :length] for length in PADDED]
-    ids, mask = torch.zeros(2, len(rows), LENGTH, dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        ids[row, -len(tokens) :], mask[row, -len(tokens) :] = tokens, 1
-    takes = {"position_ids"} & _arguments(subject.model)
-    options = {name: (mask.cumsum(1) - 1).clamp(min=0) for name in takes}
+    lengths = [max(length, subject.head + 3) for length in PADDED]
+    rows = [subject.inputs(length, LENGTH - length) for length in lengths]
+    batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    if "position_ids" in _arguments(subject.model) and not (subject.image and _counts(subject.model)):
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
 
     def error(model) -> float:
         with torch.no_grad():
-            batch = logits(model, ids, attention_mask=mask, **options)
-            alone = [logits(model, row[None])[0] for row in rows]
-        pairs = [(batch[i, -len(row) :], expected) for i, (row, expected) in enumerate(zip(rows, alone, strict=True))]
-        return max(subject.own_error(*pair) for pair in pairs)
+            found = logits(model, **batch)
+            alone = [logits(model, **subject.inputs(length))[0] for length in lengths]
+        pairs = zip(found, alone, lengths, strict=True)
+        return max(subject.own_error(row[-length:], expected) for row, expected, length in pairs)
 
-    found, own = error(subject.applied()), error(subject.model)
+    found, own = error(subject.applied()), error(subject.dense())
     if found <= (3e-6 if subject.exact else 1e-3):
         return None
     subject.pads = own <= 1e-3
@@ -182,6 +149,11 @@ def _packed_apart(model, documents, positions) -> float:
     return float((found - alone).abs().max()) / max(float(alone.abs().max()), 1e-3)
 
 
+def _counts(model) -> bool:
+    """Whether a model counts positions itself, in three dimensions, when an image comes."""
+    return any(hasattr(module, "get_rope_index") for module in model.modules())
+
+
 def _arguments(model) -> set[str]:
     names = set(inspect.signature(model.forward).parameters)
     return names | ({"position_ids"} if "kwargs" in names else set())
@@ -189,32 +161,38 @@ def _arguments(model) -> set[str]:
 
 def generate(subject: Subject) -> str | None:
     """Greedy tokens over an `LRSACache` are those that one forward gives, and those of the row in a padded batch."""
-    model, prompt = subject.applied(), subject.ids[:, :40]
-    found, error = _greedy(model, prompt, LRSACache(CONFIG))
+    model = subject.applied()
+    found, error = _greedy(subject, model, LRSACache(CONFIG))
     if error > 1e-3:
-        own = _greedy(subject.model, prompt)[1]
+        own = _greedy(subject, subject.dense())[1]
         assert own > 1e-3, f"generates with logits that differ by {error:.1e} from those of one forward"
         return "generates with other positions than one forward, as without LRSA"
     if subject.pads:
-        batch, _ = _greedy(model, prompt, LRSACache(CONFIG), pads=15)
+        try:
+            batch, _ = _greedy(subject, model, LRSACache(CONFIG), pads=15)
+        except ValueError as error:
+            assert "first real token" in str(error), error
+            return "generation from padded prompts refused"
         if not torch.equal(batch, found):
-            own = [_greedy(subject.model, prompt, pads=pads)[0] for pads in (0, 15)]
+            own = [_greedy(subject, subject.dense(), pads=pads)[0] for pads in (0, 15)]
             assert not torch.equal(*own), "a padded prompt generates other tokens"
             return "generates other tokens from padded prompts, as without LRSA"
     return None
 
 
 @torch.no_grad()
-def _greedy(model, prompt: torch.Tensor, cache: LRSACache | None = None, pads: int = 0) -> tuple[torch.Tensor, float]:
+def _greedy(subject: Subject, model, cache: LRSACache | None = None, pads: int = 0) -> tuple[torch.Tensor, float]:
     """Eight greedy tokens behind a prompt padded on the left; how far their logits are from those of one forward."""
-    ids = torch.cat([torch.zeros(1, pads, dtype=torch.long), prompt], 1)
-    mask = (torch.arange(ids.shape[1]) >= pads).long()[None]
+    prompt = max(40, subject.head + 3)
     options = {} if cache is None else {CACHE_ARGUMENT: cache}
     model.generation_config.forced_eos_token_id = None
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     settings |= {"return_dict_in_generate": True, "output_logits": True}
-    out = model.generate(input_ids=ids, attention_mask=mask, **settings, **options)
-    expected = logits(model, out.sequences)[:, ids.shape[1] - 1 : -1]
+    settings |= {"suppress_tokens": list(range(50, 55))} if subject.image else {}  # no further images
+    out = model.generate(**subject.inputs(prompt, pads), **settings, **options)
+    whole = subject.inputs(prompt + 8) | {"input_ids": out.sequences[:, pads:]}
+    del whole["attention_mask"]
+    expected = logits(model, **whole)[:, prompt - 1 : -1]
     error = (torch.stack(out.logits, 1) - expected).abs().max() / expected.abs().max()
     return out.sequences[0, -8:], float(error)
 
@@ -246,7 +224,7 @@ def _checkpointed(tuned, expected: dict, subject: Subject, reentrant: bool) -> f
     tuned.enable_input_require_grads()
     tuned.zero_grad()
     tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    found = _gradients(tuned, logits(tuned, subject.ids))
+    found = _gradients(tuned, logits(tuned, subject.ids, **subject.image))
     assert found.keys() == expected.keys(), f"checkpointing loses {found.keys() ^ expected.keys()}"
     largest = max(float(x.abs().max()) for x in expected.values())
     return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
@@ -257,10 +235,9 @@ def _tuned(model, subject: Subject):
     torch.manual_seed(1)
     model = copy.deepcopy(model)
     kind = next(model.parameters()).dtype
-    tuned = (
-        get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).to(kind).train()
-    )
-    expected = _gradients(tuned, logits(tuned, subject.ids))
+    config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=r".*\bvis.*", init_lora_weights=False)
+    tuned = get_peft_model(model, config).to(kind).train()
+    expected = _gradients(tuned, logits(tuned, subject.ids, **subject.image))
     assert expected and all(torch.isfinite(value).all() for value in expected.values()), "no finite gradients"
     return tuned, expected
 
@@ -269,14 +246,16 @@ def saved(subject: Subject) -> str | None:
     """A saved model that is loaded by the name "lrsa" gives the same, and `remove_lrsa` gives the model back."""
     model = subject.applied()
     with torch.no_grad():
-        expected = logits(model, subject.ids)
+        expected = logits(model, subject.ids, **subject.image)
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
             again = reloaded(type(model), directory, next(model.parameters()).dtype)
+            if subject.image:  # the name alone sets the encoder too
+                apply_lrsa(again, CONFIG)
         # Frequencies and scales that a model computes from its configuration come in another precision.
-        subject.close(logits(again, subject.ids), expected, own_error=1e-5)
-        own = logits(subject.model, subject.ids)
-        left = logits(remove_lrsa(model), subject.ids)
+        subject.close(logits(again, subject.ids, **subject.image), expected, own_error=1e-5)
+        own = logits(subject.model, subject.ids, **subject.image)
+        left = logits(remove_lrsa(model), subject.ids, **subject.image)
     assert torch.equal(left, own), "remove_lrsa does not give the model back"
     return None
 

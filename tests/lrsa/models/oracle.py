@@ -25,13 +25,13 @@ def oracle(model: PreTrainedModel, config: LRSAConfig | None) -> Iterator[list[s
     Yields:
         a list that names the kind of every attention call so far: "compressed", "sliding" or "kept".
     """
-    calls, patched = [], {}
+    calls, patched, text = [], {}, model.config.get_text_config(decoder=True)
     modules = {type(module).__module__ for module in model.modules()}
     for name in modules:
         own = getattr(sys.modules[name], "eager_attention_forward", None)
         if own is not None:
             patched[name] = own
-            sys.modules[name].eager_attention_forward = functools.partial(_attend, own, config, calls)
+            sys.modules[name].eager_attention_forward = functools.partial(_attend, own, text, config, calls)
     latent = [module for module in model.modules() if hasattr(module, "expand_kv")]
     for module in latent:
         module.expand_kv = functools.partial(_expand, module, module.expand_kv)
@@ -51,8 +51,10 @@ def _expand(module, own, c_kv, k_rope):
     return own(c_kv, k_rope)
 
 
-def _attend(own, config, calls, module, query, key, value, attention_mask, *args, **options):
+def _attend(own, text, config, calls, module, query, key, value, attention_mask, *args, **options):
     """The model's own eager attention; a mask that is causal and reaches back to the first token is cut down."""
+    if module.config is not text:  # the encoder of an image
+        return own(module, query, key, value, attention_mask, *args, **options)
     tokens, total = query.shape[2], key.shape[2]
     causal = torch.ones(tokens, total, dtype=torch.bool).tril(total - tokens)
     own_mask = causal[None, None] if attention_mask is None else attention_mask[..., :total] > -1

@@ -21,12 +21,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from lrsa import apply_lrsa
-from tests.lrsa.models import checks
+from tests.lrsa.models import checks, images
 from tests.lrsa.models.build import SLIDES, WINDOW, build, fields_of
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
@@ -83,6 +86,26 @@ SPECIAL = [
     ),
     ("llama", "dynamic NTK", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}),
 ]
+# Variants of a model for text and images: with text alone, and with an image among its tokens.
+TEXT, IMAGE = "text alone", "an image"
+# Encoders and decoders, and models without an image, in the mapping for text and images.
+NOT_DECODERS = [
+    "blip",
+    "blip-2",
+    "diffusion_gemma",
+    "evolla",
+    "florence2",
+    "git",
+    "instructblip",
+    "instructblipvideo",
+    "mistral4",
+    "pi0",
+    "pix2struct",
+    "pp_formulanet",
+    "t5gemma2",
+    "udop",
+    "vision-encoder-decoder",
+]
 NOT_SLIDING = {"lfm3", "zaya", "deepseek_v4", "minimax"}  # these have their own kinds of layers
 
 
@@ -111,33 +134,34 @@ def cases() -> list[tuple[str, str, dict]]:
         if {"sliding_window", "layer_types"} <= fields and family not in own | NOT_SLIDING:
             options = SLIDING | ({"use_sliding_window": True} if "use_sliding_window" in fields else {})
             found.append((family, "sliding", options))
+    seeing = [family for family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if family not in NOT_DECODERS]
+    found += [(family, TEXT, {}) for family in seeing if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    found += [(family, IMAGE, {}) for family in seeing]
     return sorted(found + SPECIAL, key=lambda case: case[0])
 
 
 def judge(family: str, variant: str, options: dict, which=tuple(checks.CHECKS)) -> Verdict:
     """Build a tiny model of a family and check it."""
-    start, name = time.monotonic(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    start, sees = time.monotonic(), variant in (TEXT, IMAGE)
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if sees else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    name, make = names[family], images.build if sees else build
 
     def verdict(kind: str, why: str) -> Verdict:
         return Verdict(family, variant, name, kind, why, round(time.monotonic() - start, 1))
 
     try:
-        model = build(family, **options)
+        model = make(family, **options)
     except Exception as error:
         try:
-            refusal = refused_unbuilt(family)
-        except Exception as error:  # AutoModelForCausalLM lists it, and cannot make one either
-            return verdict("not judged", _short(error))
-        return verdict("refused", refusal) if refusal else verdict("fails", f"no tiny model: {_short(error)}")
+            refusal = refused_unbuilt(family, AutoModelForImageTextToText if sees else AutoModelForCausalLM)
+        except Exception:  # transformers lists it, and cannot make one either
+            refusal = ""
+        return verdict("refused", refusal) if refusal else verdict("not judged", _short(error))
     name = type(model).__name__
     try:
-        subject = checks.Subject(model)
+        subject = images.subject_with_an_image(model) if variant == IMAGE else checks.Subject(model)
     except Exception as error:
         subject, broken = None, error
-        try:
-            checks.logits(model, torch.ones(1, 9, dtype=torch.long))
-        except Exception as error:  # no language model by itself
-            return verdict("not judged", _short(error))
     try:
         apply_lrsa(model, checks.CONFIG)
     except ValueError as error:
@@ -146,21 +170,23 @@ def judge(family: str, variant: str, options: dict, which=tuple(checks.CHECKS)) 
     except Exception as error:
         return verdict("fails", f"apply_lrsa: {_short(error)}")
     if subject is None:
-        return verdict("fails", f"accepted, but the oracle fails: {_short(broken)}")
-    subject.model = build(family, **options)
+        return verdict("not judged", _short(broken))
+    subject.model = make(family, **options)
     notes = []
-    for check in which:
+    for check in [check for check in which if variant != IMAGE or check is not checks.packed]:
         try:
             notes.append(check(subject))
         except Exception as error:
+            if variant == IMAGE and str(error).startswith("lrsa does not support an image"):
+                return verdict("refused", str(error))
             return verdict("fails", f"{check.__name__}: {_short(error)}")
     return verdict("works", checks.remarks(notes))
 
 
-def refused_unbuilt(family: str) -> str:
+def refused_unbuilt(family: str, auto: type) -> str:
     """What `apply_lrsa` says to a model of a family that cannot be made tiny, without memory for its weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family]())
+        model = auto.from_config(CONFIG_MAPPING[family]())
     try:
         apply_lrsa(model, checks.CONFIG)
     except ValueError as error:

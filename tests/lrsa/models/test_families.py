@@ -21,6 +21,8 @@ WORKS = [
     ("qwen3_5_text", ""),
     ("lfm2", ""),
     ("granitemoehybrid", ""),
+    ("llava", "an image"),
+    ("qwen2_5_vl", "an image"),
     ("gpt_oss", "sliding"),
     ("gemma2", "soft cap"),
     ("llama4_text", ""),

@@ -6,7 +6,7 @@ from transformers.masking_utils import create_causal_mask
 
 from lrsa import LRSACache, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT
-from tests.lrsa.models import checks
+from tests.lrsa.models import checks, images
 from tests.lrsa.models.build import SHARED, SLIDES, WINDOW, build
 from tests.lrsa.models.checks import CONFIG, Subject, logits
 
@@ -90,9 +90,10 @@ def test_layers_that_share_keys(family):
             assert len(cache.layers) == 2, "sharing layers store nothing"
     mask = torch.ones_like(subject.ids)
     mask[:, :20] = 0
+    padded = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     with torch.no_grad():
-        last = logits(model, subject.ids, attention_mask=mask, logits_to_keep=1)
-        subject.close(last[:, -1], logits(model, subject.ids, attention_mask=mask)[:, -1])
+        last = logits(model, subject.ids, **padded, logits_to_keep=1)
+        subject.close(last[:, -1], logits(model, subject.ids, **padded)[:, -1])
 
 
 @pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text"])
@@ -158,7 +159,7 @@ def test_blocks_that_see_the_future_are_refused_in_packed_rows_too(positions):
     config = apply_lrsa(build("gemma3_text", **SLIDING), CONFIG).config
     options = {"config": config, "inputs_embeds": torch.zeros(1, 8, 32), "attention_mask": None, "cache": None}
     blocks = torch.tensor([[-1, 0, 0, -1, -1, -1, -1, -1]])
-    with pytest.raises(ValueError, match="tokens see later ones"):
+    with pytest.raises(ValueError, match=r"an image for this model \(gemma3_text\)"):
         create_causal_mask(**options, position_ids=positions, block_sequence_ids=blocks)
     blocks = torch.tensor([[-1, 0, -1, -1, -1, -1, -1, -1]])  # a block of one token sees nothing new
     found = create_causal_mask(**options, position_ids=positions, block_sequence_ids=blocks)
@@ -174,3 +175,62 @@ def test_packed_rows_of_a_recurrent_model_are_refused():
         model(subject.ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
     held = [layer.held() if hasattr(layer, "held") else None for layer in cache.layers]
     assert held == [None, [CONFIG.kept_length(60)]] * 2
+
+
+@pytest.mark.parametrize("family", ["exaone4_5", "hyperclovax_vision_v2"])
+def test_padding_that_counts_as_positions_is_refused(family):
+    """Rotary positions are relative, but the scores of keys are not: other tokens would be selected."""
+    model = apply_lrsa(images.build(family), CONFIG)
+    ids = torch.randint(3, 45, (1, 40))
+    mask = torch.ones_like(ids)
+    mask[:, :9] = 0
+    with pytest.raises(ValueError, match="count from a row's first real token"):
+        model.generate(ids, attention_mask=mask, **{CACHE_ARGUMENT: LRSACache(CONFIG)}, max_new_tokens=2)
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        found = logits(model, ids, attention_mask=mask, position_ids=counted)[:, 9:]
+        torch.testing.assert_close(found, logits(model, ids[:, 9:]))
+
+
+@pytest.mark.parametrize("family", ["glm4v_moe", "ernie4_5_vl_moe"])
+def test_positions_in_three_dimensions_that_reach_the_attention(family):
+    subject = Subject(images.build(family))
+    checks.one_forward(subject)
+    checks.padded(subject)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_text_trains_in_a_model_that_sees_images(family):
+    """Its training wants the kinds of tokens; an image whose tokens see each other is refused."""
+    model = images.build(family)
+    kinds = "token_type_ids" if family == "gemma3" else "mm_token_type_ids"
+    subject = images.subject_with_an_image(model)
+    text = torch.randint(3, 45, (1, 60))
+    applied = subject.applied().train()
+    for options in ({}, {kinds: torch.zeros_like(text)}):
+        out = applied(input_ids=text, labels=text, use_cache=False, **options)
+        assert out.loss.isfinite() and out.loss.requires_grad
+        subject.close(out.logits, logits(applied, text))
+    if family == "gemma3":
+        with pytest.raises(ValueError, match=r"an image for this model \(gemma3_text\)"):
+            logits(applied, subject.ids, **subject.image)
+
+
+def test_the_encoder_of_an_image_stays_as_it_is():
+    model = build("phi4_multimodal")
+    encoder = model.model.embed_tokens_extend.image_embed.img_processor
+    pixels, mask = torch.randn(1, 3, 56, 56, dtype=torch.float64), torch.ones(1, 4, 4, dtype=torch.bool)
+    with torch.no_grad():
+        own = encoder(pixels, patch_attention_mask=mask).last_hidden_state
+        apply_lrsa(model, CONFIG)
+        assert torch.equal(encoder(pixels, patch_attention_mask=mask).last_hidden_state, own)
+
+
+def test_a_model_loaded_by_name_gets_its_encoder_back_from_apply_lrsa():
+    model = images.build("llava")
+    subject = images.subject_with_an_image(model)
+    model.set_attn_implementation("lrsa")
+    with pytest.raises(ValueError, match="sets the language model alone"):
+        logits(model, subject.ids, **subject.image)
+    with torch.no_grad():
+        subject.close(logits(apply_lrsa(model, CONFIG), subject.ids, **subject.image), subject.expected, 1e-5)
