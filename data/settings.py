@@ -247,7 +247,8 @@ class DataSettings(SourceSettings):
         for source in self.sources or [self]:
             values = {name: getattr(source, name) for name in SourceSettings.model_fields}
             one = DataSettings(**values, context_length=self.context_length, streaming=self.streaming)
-            name = one.origin if one.path is None else Path(one.origin).name
+            first, *more = [one.path] if isinstance(one.path, str) else one.path or [one.origin]
+            name = Path(first).name + (f" and {len(more)} more" if more else "")
             count = sum(other.partition(" #")[0] == name for other in found)
             found[f"{name} #{count + 1}" if count else name] = one
         return found

@@ -55,6 +55,7 @@ def evaluate_run(
         return None
     lrsa, models = load_variants(settings, adapter)
     out, found = Path(adapter) if out is None else out, []
+    out.mkdir(parents=True, exist_ok=True)
     save_training_losses(Path(adapter), out)
     for task, own, folder in _by_source(settings, rows, out, console):
         with reported(f"The adapter is saved; evaluate it with launch/evaluate.py --run {adapter} --batch-size 1"):
