@@ -120,7 +120,7 @@ class Encoder:
         if self._copy is not None:
             tokenizer, original = self._copy
             ids = [original.get(n, n) for n in tokenizer.encode(text, add_special_tokens=False).ids]
-            control = set(self._ids.values())
+            control = set(self._ids.values()) - {self.tokenizer.unk_token_id}  # which stands for unknown letters
             if sum(number in control for number in ids) == text.count(_OPEN):  # those of the markup, and no other
                 return ids
         raise DataError(

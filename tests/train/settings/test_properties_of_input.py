@@ -138,36 +138,35 @@ def sources(draw) -> tuple[dict, list]:
     return options, records
 
 
-made, refused = [], []
+def test_rows_of_any_records(tmp_path_factory, byte_tokenizer, blank_tokenizer):
+    made, refused = [], []
 
+    @settings(max_examples=120, **common)
+    @given(sources(), st.booleans(), st.integers(0, 3))
+    def check(source, blank, seed):
+        options, records = source
+        file = tmp_path_factory.getbasetemp() / "records.jsonl"
+        file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        tokenizer = blank_tokenizer if blank else byte_tokenizer
+        try:
+            corpus = data.load(DataSettings(path=str(file), **options), tokenizer, seed, 20)
+        except data.DataError as error:
+            assert str(error).strip()
+            refused.append(str(error)[-150:])
+            return
+        assert len(corpus.train) and len(corpus.evaluation) <= options["eval_rows"]
+        assert len(corpus.train) <= (options["max_rows"] or len(corpus.train))
+        for row in corpus.train:
+            assert 1 < len(row["input_ids"]) == len(row["labels"]) <= options["context_length"]
+            trained = [label for label in row["labels"] if label != -100]
+            assert trained and all(
+                label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True)
+            )
+        for row in corpus.evaluation:
+            assert len(row["input_ids"]) <= options["context_length"]
+        made.append(options["kind"])
 
-@settings(max_examples=120, **common)
-@given(sources(), st.booleans(), st.integers(0, 3))
-def test_rows_of_any_records(tmp_path_factory, byte_tokenizer, blank_tokenizer, source, blank, seed):
-    options, records = source
-    file = tmp_path_factory.getbasetemp() / "records.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    tokenizer = blank_tokenizer if blank else byte_tokenizer
-    try:
-        corpus = data.load(DataSettings(path=str(file), **options), tokenizer, seed, 20)
-    except data.DataError as error:
-        assert str(error).strip()
-        refused.append(str(error)[-150:])
-        return
-    assert len(corpus.train) and len(corpus.evaluation) <= options["eval_rows"]
-    assert len(corpus.train) <= (options["max_rows"] or len(corpus.train))
-    for row in corpus.train:
-        assert 1 < len(row["input_ids"]) == len(row["labels"]) <= options["context_length"]
-        trained = [label for label in row["labels"] if label != -100]
-        assert trained and all(
-            label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True)
-        )
-    for row in corpus.evaluation:
-        assert len(row["input_ids"]) <= options["context_length"]
-    made.append(options["kind"])
-
-
-def test_the_examples_did_make_rows():
+    check()
     assert made.count("qa") >= 3 and made.count("text") >= 3, refused
 
 
