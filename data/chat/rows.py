@@ -21,6 +21,7 @@ from lrsa import PromptFormat
 
 TOO_LONG = "chat longer than context_length"
 DUPLICATE = "chat that is there already"
+LONG = 80  # characters of a line that tells a document
 SHORT = 32  # tokens of an answer that generated ones are compared with
 _BATCH = 64
 
@@ -36,18 +37,21 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
     chats = _distinct(chats, result.dropped)
     builder = _Builder(settings, tokenizer, turn, chats)
     rng = np.random.default_rng([seed, 0])
+    subjects = dict(zip(map(id, chats), _subjects(chats), strict=True))
     if records.evaluation is None:
-        train, evaluation = _held_out(chats, builder, settings, rng, result)
+        evaluation, held = _held_out(chats, subjects, builder, settings, rng, result)
+        result.held = {form for chat in held for form in subjects[id(chat)]}
     else:
         held = read_chats(records.evaluation, settings.columns, settings.evaluation_source, result.evaluation_dropped)
         held = [held[index] for index in chosen(len(held), settings.eval_rows, rng)]
-        train, evaluation = chats, [pair for chat in held for pair in builder.rows([chat], result.evaluation_dropped)]
-    result.held = {_subject(chat) for chat, _, _ in evaluation}
-    kept = [chat for chat in train if _subject(chat) not in result.held | records.held]
+        evaluation = builder.rows(held, result.evaluation_dropped)
+        result.held = {form for forms in _subjects(held) for form in forms}
+    elsewhere = result.held | records.held
+    kept = [chat for chat in chats if elsewhere.isdisjoint(subjects[id(chat)])]
     result.dropped[EVALUATED] += len(chats) - len(kept)
     train = [kept[index] for index in chosen(len(kept), settings.max_rows, rng)]
     result.dropped[NOT_CHOSEN] += len(kept) - len(train)
-    result.seen = set(map(_subject, train))
+    result.seen = {form for chat in train for form in subjects[id(chat)]}
     result.train = [row for _, _, row in builder.rows(train, result.dropped)]
     builder.encoder.count(text for chat in train for text in _texts(chat))
     result.evaluation = [builder.evaluation_row(*entry) for entry in evaluation]
@@ -71,40 +75,55 @@ def _texts(chat: Chat | Completion) -> list[str]:
     )
 
 
-def _subject(chat: Chat | Completion) -> str:
-    """What chats about one document share: the longest line of the first message, in its normal form."""
-    if isinstance(chat, Completion):
-        first = chat.prompt or chat.text
-    else:
-        first = next((message["content"] for message in chat.messages if message["role"] == "user"), str(chat.messages))
-    return max(map(normal_form, first.split("\n")), key=len)
+def _subjects(chats: Sequence[Chat | Completion]) -> list[set[str]]:
+    """Of each chat what others about the same document share with it: the long lines of its first message.
+
+    A line that most chats have is an instruction, and says nothing; where no long line is left it is the whole message.
+    """
+    firsts = [_texts(chat)[0] if isinstance(chat, Completion) else _first(chat) for chat in chats]
+    forms = [{form for line in first.split("\n") if len(form := normal_form(line)) >= LONG} for first in firsts]
+    number = Counter(form for lines in forms for form in lines)
+    told = {form for form, count in number.items() if count > max(len(chats) // 2, 8)}
+    return [lines - told or {normal_form(first)} for lines, first in zip(forms, firsts, strict=True)]
+
+
+def _first(chat: Chat) -> str:
+    return next((message["content"] for message in chat.messages if message["role"] == "user"), str(chat.messages))
+
+
+def _groups(chats: Sequence[Chat | Completion], subjects: dict[int, set[str]]) -> list[list]:
+    """The chats in groups that share no subject with each other."""
+    group_of: dict[str, list] = {}
+    for chat in chats:
+        joined = [chat]
+        for group in {id(group): group for form in subjects[id(chat)] if (group := group_of.get(form))}.values():
+            joined += group
+        group_of |= {form: joined for member in joined for form in subjects[id(member)]}
+    return list({id(group): group for group in group_of.values()}.values())
 
 
 def _held_out(
-    chats: list[Chat | Completion], builder: _Builder, settings: DataSettings, rng: np.random.Generator, result: Rows
-) -> tuple[list, list]:
-    """Chats to train on, and up to `eval_rows` rows of others that fit, of at most half of the subjects."""
-    groups: dict[str, list] = {}
-    for chat in chats:
-        groups.setdefault(_subject(chat), []).append(chat)
-    held: list[tuple] = []
-    for subject in rng.permutation(list(groups))[: len(groups) // 2].tolist() if settings.eval_rows else []:
+    chats: list, subjects: dict[int, set[str]], builder: _Builder, settings: DataSettings, rng, result: Rows
+) -> tuple[list[tuple], list]:
+    """Up to `eval_rows` rows to evaluate on, of whole random groups that fit, at most half of them; and their chats."""
+    groups, held, held_chats = _groups(chats, subjects), [], []
+    for number in rng.permutation(len(groups))[: len(groups) // 2].tolist() if settings.eval_rows else []:
         dropped: Counter = Counter()
-        rows = builder.rows(groups[subject], dropped)
+        rows = builder.rows(groups[number], dropped)
         if rows and len(held) + len(rows) <= settings.eval_rows:
             held += rows
+            held_chats += groups[number]
             result.evaluation_dropped.update(dropped)
-            del groups[subject]
         if len(held) == settings.eval_rows:
             break
     if settings.eval_rows and not held:
         raise DataError(
             f"{settings.source}: no chat can be held out for data.eval_rows = {settings.eval_rows} (chats: "
-            f"{len(chats)}, different first messages: {len(groups)}): they share these, have more rows, or are longer "
+            f"{len(chats)}, about different documents: {len(groups)}): they share these, have more rows, or are longer "
             f"than data.context_length = {settings.context_length}. Change one of the two, give data.eval_path, or set "
             "data.eval_rows: 0."
         )
-    return [chat for group in groups.values() for chat in group], held
+    return held, held_chats
 
 
 class _Builder:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -154,13 +155,24 @@ def test_long_chats_are_dropped_or_lose_their_oldest_turns(tmp_path, chatml):
 
 
 def test_chats_about_one_document_are_on_one_side_of_the_split(tmp_path, chatml):
-    records = [chat(f"document {n // 3} is about foxes.\nQuestion {n}?", f"answer {n}") for n in range(24)]
-    again = chat("Document 0 is  about foxes.\nQuestion 0?", "ANSWER 0")  # the first one in another writing
-    corpus = load(tmp_path, [*records, again], chatml, eval_rows=6)
+    about = "is about foxes, of which it says very many things that only this one document tells."
+    told = "Answer with a few words from this document, which is about foxes, or say that it does not tell.\n"
+    records = [chat(f"{told}Document {n // 3} {about}\nQuestion {n}?", f"answer {n}") for n in range(24)]
+    records[1]["messages"][0]["content"] += f"\nDocument 7 {about}"  # documents 0 and 7 are on one side then
+    again = chat(f"{told}DOCUMENT 0  {about}\nQuestion 0?", "ANSWER 0")  # the first one in another writing
+    corpus = load(tmp_path, [*records, again], chatml, eval_rows=6, context_length=800)
     assert corpus.report.dropped == {DUPLICATE: 1, EVALUATED: 6} and len(corpus.train) == 18
-    number = lambda ids: chatml.decode(ids).split("ocument ")[1].split()[0]  # noqa: E731
-    held = {number(row["input_ids"]) for row in corpus.evaluation}
-    assert len(held) == 2 and held.isdisjoint(map(number, corpus.train["input_ids"]))
+    numbers = lambda ids: set(re.findall(r"Document (\d)", chatml.decode(ids)))  # noqa: E731
+    held = set().union(*(numbers(row["input_ids"]) for row in corpus.evaluation))
+    assert len(held) == 2 and held.isdisjoint(set().union(*map(numbers, corpus.train["input_ids"])))
+    assert ("0" in held) == ("7" in held)
+
+
+def test_chats_that_are_cut_are_held_out_by_what_they_began_with(tmp_path, chatml):
+    records = [chat(f"Number {n} " + "old " * 30, "old answer", f"Who {n}?", "Anna.") for n in range(12)]
+    corpus = load(tmp_path, records, chatml, eval_rows=4, context_length=90, too_long="cut")
+    texts = [chatml.decode(row) for row in [*corpus.train["input_ids"], *(r["input_ids"] for r in corpus.evaluation)]]
+    assert len(corpus.evaluation) == 4 and len(set(texts)) == 12 and not any("old" in text for text in texts)
 
 
 def test_evaluation_rows_have_the_trained_tokens_and_short_answers(tmp_path, chatml):
