@@ -8,6 +8,8 @@ import pytest
 import data
 from data import mixture
 from tests.data.chat.test_rows import chat, chatml  # noqa: F401
+from tests.tiny_run import ROOT
+from train.settings.sources import parse
 
 
 def document(number: int) -> str:
@@ -130,3 +132,9 @@ def test_sources_that_do_not_go_together(values, part):
     with pytest.raises(ValueError) as caught:
         data.DataSettings(**({"sources": two} if values and "sources" not in values else {}) | values)
     assert part in str(caught.value)
+
+
+def test_the_example_of_the_documents_is_right():
+    text = (ROOT / "docs" / "data.md").read_text().split("```yaml\n")[1].split("```")[0]
+    sources = data.DataSettings(**parse(text).values["data"]).each()
+    assert [*sources] == ["*.jsonl", "questions.json", "book.txt and 1 more"]
