@@ -1,9 +1,8 @@
-"""The real command on chats: trained, evaluated, and what the run's prompt format and card then say."""
+"""Runs on chats, on several sources and on streamed rows: trained, evaluated, resumed, and what the card then says."""
 
 import copy
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from data import mixture
 from launch.command_line import explain
 from lrsa import PromptFormat
 from tests.data.chat.test_rows import CHATML, chat, with_template
-from tests.tiny_run import ROOT, SETTINGS, launch, log_of, make_workplace
+from tests.tiny_run import SETTINGS, log_of, make_workplace
 from train.run import run
 from train.settings.load import load_settings
 
@@ -33,9 +32,15 @@ def workplace(tmp_path_factory, byte_tokenizer):
     return place
 
 
+def run_here(workplace, *overrides, config="run.yaml", **options) -> int:
+    """What launch/train.py does, in this process; returns the exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        return explain(lambda: run(load_settings(config, list(overrides)), **options))
+
+
 def test_a_run_on_chats(workplace):
-    done = launch(workplace, sys.executable, str(ROOT / "launch" / "train.py"), "--config", "run.yaml")
-    assert done.returncode == 0, done.stderr
+    assert run_here(workplace) == 0
     directory = workplace / "runs" / "first"
     first = log_of(directory)[0]
     assert first["selection"] > 0, "chats teach the selection"
@@ -51,13 +56,6 @@ def test_a_run_on_chats(workplace):
     assert cells.keys() == {(model, cache) for model in ("base", "LRSA-LoRA") for cache in ("full", "1/2", "1/4")}
     assert all([*scores] == ["loss", "token_accuracy", "f1", "exact_match"] for scores in cells.values())
     assert cells["LRSA-LoRA", "full"]["loss"]["value"] < cells["base", "full"]["loss"]["value"]
-
-
-def run_here(workplace, *overrides, config="run.yaml", **options) -> int:
-    """The same in this process; returns the exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        return explain(lambda: run(load_settings(config, list(overrides)), **options))
 
 
 def test_a_chat_that_is_none_is_named_with_its_record(workplace, capsys):
