@@ -9,7 +9,8 @@
 Base model and data come from the run's config.yaml, or from --config; the compression always from the lrsa_config.json
 beside the adapter, with top_k changed for each keep ratio (top_k / lag_size). A control (eval.control) is measured too.
 --model measures a model without an adapter, before any training: what each keep ratio costs it under the config's
-lrsa section, for other lags and other choices of tokens too, and which layers to keep whole (--layers).
+lrsa section, for other lags and other choices of tokens too, and which layers to keep whole (--layers). Which layers
+carry a task shows better in a model that was tuned for it, best in a dense control: --run DIR --layers.
 Writes report.md, results.json and pictures into --out, by default into the run's directory, where they replace the
 earlier ones (and its model card). eval.metric=loss only reads the right answers, which takes the shortest time.
 --suite measures long contexts instead: passkeys and other hidden facts over lengths and depths, real questions, the
@@ -45,7 +46,9 @@ def main() -> int:
     parser.add_argument(
         "--suite", type=_list(str), metavar="T,T,...", help="long_context, or some of its tasks, in place of eval.suite"
     )
-    parser.add_argument("--layers", action="store_true", help="with --model: choose the layers to keep whole")
+    parser.add_argument(
+        "--layers", action="store_true", help="choose the layers to keep whole, with --run instead of other scores"
+    )
     parser.add_argument(
         "--keep-ratios",
         type=_list(lambda part: float(Fraction(part))),
@@ -58,8 +61,8 @@ def main() -> int:
     options = parser.parse_args()
     if not options.run and not options.config:
         parser.error("--adapter and --model need --config, which names the data")
-    if not options.model and (options.lags or options.scores or options.layers):
-        parser.error("--lags, --scores and --layers are for --model")
+    if not options.model and (options.lags or options.scores):
+        parser.error("--lags and --scores are for --model")
     return 0 if environment.rank() else explain(lambda: evaluate(options))
 
 
@@ -69,7 +72,7 @@ def evaluate(options: argparse.Namespace) -> None:
     import data
     from lrsa.evaluation.measure.controls import SCORES
     from lrsa.evaluation.measure.state import Variant
-    from train.evaluation import BASE, evaluate_model, evaluate_run, load_base, load_variants, reported
+    from train.evaluation import BASE, evaluate_layers, evaluate_model, evaluate_run, load_base, load_variants, reported
     from train.model import load_tokenizer
     from train.publish.model_card import save_model_card
     from train.resume.run_directory import changed_rows, config_of_run
@@ -97,6 +100,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.model:
         chosen = {"lags": options.lags or (), "scores": options.scores or tuple(SCORES), "layers": options.layers}
         return evaluate_model(settings, tokenizer, corpus.evaluation, Console(), out, **chosen)
+    if options.layers:
+        return evaluate_layers(settings, adapter, corpus.evaluation, Console(), out)
     if options.run and (changed := changed_rows(Path(options.run), corpus.report)):
         Console(stderr=True).print(f"warning: {changed}; some rows may have been trained on", style="bold yellow")
     results = evaluate_run(settings, adapter, tokenizer, corpus.evaluation, Console(), out)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrsa import LRSAConfig
 from lrsa.evaluation import Results, Variant, compare, draw_training, print_report, save_report
 from lrsa.evaluation.layers import choose_layers, save_layers
+from lrsa.evaluation.measure.state import with_adapter
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
 from lrsa.evaluation.study import save_study, study, summary
 from lrsa.loading import attach_adapter, fetch_adapter
@@ -118,11 +119,31 @@ def evaluate_model(
             print_report(results, console)
             console.print(summary(results).replace("**", ""), soft_wrap=True, markup=False)
             if layers:
-                choice = choose_layers(model, own, settings.lrsa, **_options(settings))
-                save_layers(choice, folder)
-                console.print(choice.summary().replace("**", ""), soft_wrap=True, markup=False)
-                console.print(f"layers: {folder / 'layers.md'}")
+                _choose_layers(settings, model, own, settings.lrsa, console, folder)
         console.print(f"report: {folder / 'report.md'}")
+
+
+def evaluate_layers(settings: RunSettings, adapter: str | Path, rows: list[dict], console: Console, out: Path) -> None:
+    """Choose the layers to keep whole with a run's adapter, or its control where there is one: that a layer was whole
+    or compressed in training must not decide.
+
+    Raises:
+        SettingsError, RunFailed: as `evaluate_model`.
+    """
+    lrsa, models = load_variants(settings, adapter)
+    variant = models.get(CONTROL, models[TUNED])
+    _, own, folder = next(_by_source(settings, rows, out, console))
+    with reported("Lower eval.batch_size."), with_adapter(variant):
+        _choose_layers(settings, variant.model, own, lrsa.replace(skip_layers=()), console, folder)
+
+
+def _choose_layers(
+    settings: RunSettings, model, rows: list[dict], lrsa: LRSAConfig, console: Console, out: Path
+) -> None:
+    choice = choose_layers(model, rows, lrsa, **_options(settings))
+    save_layers(choice, out)
+    console.print(choice.summary().replace("**", ""), soft_wrap=True, markup=False)
+    console.print(f"layers: {out / 'layers.md'}")
 
 
 @contextmanager

@@ -128,7 +128,8 @@ def save_layers(choice: LayerChoice, directory: str | Path) -> Path:
     (directory / f"{NAME}.json").write_text(text + "\n", encoding="utf-8")
     (directory / f"{NAME}.md").write_text(_markdown(choice), encoding="utf-8")
     losses = {layer: paired_difference(score, choice.full) for layer, score in choice.alone.items()}
-    draw_layers(losses, [(len(c.skip_layers), score) for c, score in choice.whole], choice.full, directory / PICTURE)
+    kept = {len(c.skip_layers): paired_difference(score, choice.full) for c, score in choice.whole}
+    draw_layers(losses, kept, directory / PICTURE)
     return directory
 
 
@@ -145,8 +146,11 @@ def _of_equal_size(config: LRSAConfig, whole: list[int], layers: int, lengths: l
 def _markdown(choice: LayerChoice) -> str:
     alone = [["layer", "loss", "above the full cache"]]
     alone += [[str(k), str(s), str(paired_difference(s, choice.full))] for k, s in choice.alone.items()]
-    whole = [["whole layers", "top_k", "loss"]]
-    whole += [[str(list(c.skip_layers)), f"{c.top_k} of {c.lag_size}", str(s)] for c, s in choice.whole]
+    whole = [["whole layers", "top_k", "loss", "above the full cache"]]
+    whole += [
+        [str(list(c.skip_layers)), f"{c.top_k} of {c.lag_size}", str(s), str(paired_difference(s, choice.full))]
+        for c, s in choice.whole
+    ]
     n = choice.full.n
     return f"""# Which layers to keep whole
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from lrsa.evaluation.extra import extra
@@ -141,34 +141,31 @@ def _plain(axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_layers(alone: Mapping[int, Score], whole: Sequence[tuple[int, Score]], full: Score, path: Path) -> None:
-    """Write what each layer costs when it alone is compressed, and the loss with the worst of them kept whole.
+def draw_layers(alone: Mapping[int, Score], whole: Mapping[int, Score], path: Path) -> None:
+    """Write what each layer costs when it alone is compressed, and what the cache costs with the worst of them whole.
 
     Args:
         alone: layer -> loss above the full cache.
-        whole: number of whole layers and loss, all at one size of the cache.
-        full: loss of the full cache.
+        whole: number of whole layers -> loss above the full cache, all at one size of the cache.
+        path: of the picture.
     """
     figure = _figure(12, 4)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for axes, points in ((left, list(alone.items())), (right, whole)):
-        places, scores = zip(*points, strict=True)
-        values = [score.value for score in scores]
+    for axes, points in ((left, alone), (right, whole)):
+        places, scores = list(points), list(points.values())
         # A percentile interval need not hold the mean, which error bars insist on.
         errors = [[max(s.value - s.low, 0) for s in scores], [max(s.high - s.value, 0) for s in scores]]
+        style = {"yerr": errors, "color": COLOURS[0]}
         if axes is left:
-            axes.bar(places, values, yerr=errors, color=COLOURS[0], error_kw={"ecolor": "#555555", "elinewidth": 1})
+            axes.bar(places, [s.value for s in scores], error_kw={"ecolor": "#555555", "elinewidth": 1}, **style)
         else:
-            axes.errorbar(places, values, yerr=errors, color=COLOURS[0], marker="o", capsize=3)
+            axes.errorbar(places, [s.value for s in scores], marker="o", capsize=3, **style)
+            axes.set_ylim(bottom=min(0, *(s.low for s in scores)))
         axes.xaxis.set_major_locator(extra("matplotlib.ticker").MaxNLocator(integer=True))
+        axes.set_ylabel("nats per token above the full cache", fontsize=11)
         _plain(axes)
-    right.axhline(full.value, color=COLOURS[2], linestyle=":", linewidth=1.5)
-    right.annotate(
-        "full cache", (1, full.value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=10
-    )
     left.set_xlabel("layer that alone is compressed", fontsize=11)
-    left.set_ylabel("nats per token above the full cache", fontsize=11)
     right.set_xlabel("worst layers kept whole, at one size of the cache", fontsize=11)
-    right.set_ylabel("loss, nats per token", fontsize=11)
-    figure.suptitle(f"bars: {CONFIDENCE:.0%} intervals over {full.n} rows", fontsize=10, color="#555555")
+    note = f"bars: {CONFIDENCE:.0%} intervals over {scores[0].n} rows, paired with the full cache"
+    figure.suptitle(note, fontsize=10, color="#555555")
     figure.savefig(path, dpi=150)

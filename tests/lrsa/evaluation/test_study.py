@@ -117,3 +117,24 @@ def test_rows_that_tell_nothing_about_layers_are_refused(random_llama, rows):
         choose_layers(random_llama, rows[:3], CONFIG, **QUIET)
     with pytest.raises(ValueError, match="at least 4 rows longer than 130 tokens"):
         choose_layers(random_llama, rows, CONFIG.replace(lag_size=64), **QUIET)
+
+
+def test_layers_of_a_run_are_chosen_with_its_adapter_and_none_of_them_whole(tiny_run, tmp_path):
+    from rich.console import Console
+
+    import data
+    from lrsa.evaluation.measure.state import with_adapter
+    from train.evaluation import TUNED, evaluate_layers, load_variants
+    from train.model import load_tokenizer
+    from train.resume.run_directory import config_of_run
+    from train.settings.load import load_settings
+
+    settings = load_settings(config_of_run(tiny_run))
+    rows = data.load(settings.data, load_tokenizer(settings.model), 0, 20).evaluation
+    evaluate_layers(settings, tiny_run, rows, Console(), tmp_path)
+    found = json.loads((tmp_path / "layers.json").read_text())
+    assert settings.lrsa.skip_layers == (0,) and set(found["alone"]) == {"0", "1"}
+    lrsa, models = load_variants(settings, tiny_run)
+    with with_adapter(models[TUNED]):
+        score = loss_under(models[TUNED].model, lrsa.replace(skip_layers=[0]), rows[:2])
+    assert found["alone"]["1"]["value"] == pytest.approx(score.value)
