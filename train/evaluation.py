@@ -19,7 +19,7 @@ from lrsa.evaluation.study import save_study, study, summary
 from lrsa.loading import attach_adapter, fetch_adapter
 from train.adapter import ADAPTER_NAME
 from train.failures import RunFailed, first_line, is_out_of_memory
-from train.model import load_model
+from train.model import is_packed, load_model
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
 
@@ -168,7 +168,7 @@ def load_base(settings: RunSettings) -> PreTrainedModel:
     """The base model where it is measured."""
     model = load_model(settings.model).eval()
     model.lrsa_impl = settings.model.attention  # see `with_attention`
-    if settings.model.quantization is not None:  # it is where it was quantised
+    if is_packed(model):  # it is where it was quantised
         return model
     return model.to("cuda" if torch.cuda.is_available() and not settings.train.use_cpu else "cpu")
 

@@ -62,6 +62,11 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     return model
 
 
+def is_packed(model: PreTrainedModel) -> bool:
+    """Whether bitsandbytes holds the weights, by `model.quantization` or because they are stored so."""
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+
+
 def check_weights(settings: ModelSettings) -> None:
     """Compare the model's files with its configuration; no weight is kept, so it costs little.
 

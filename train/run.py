@@ -28,7 +28,7 @@ from train.distributed.ulysses import (
 from train.estimate.report import out_of_memory
 from train.evaluation import evaluate_run, load_variants, save_training_losses
 from train.failures import is_out_of_memory
-from train.model import check_weights, load_model, load_tokenizer, token_problems
+from train.model import check_weights, is_packed, load_model, load_tokenizer, token_problems
 from train.objective import objective_problems
 from train.preflight import check_trainer
 from train.publish.model_card import save_model_card
@@ -198,7 +198,7 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
         )
     except ValueError as error:
         raise SettingsError([Problem("", "train, lora", f"refused by TRL or PEFT: {error}")]) from error
-    if settings.model.quantization is not None and settings.model.dtype == "float32":
+    if is_packed(trainer.model) and settings.model.dtype == "float32":
         for parameter in trainer.model.parameters():  # TRL has made them bfloat16
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     return trainer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import data
 import lrsa
@@ -86,6 +86,22 @@ def test_a_4_bit_base_is_trained_measured_and_published(workplace, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["launch/publish.py", *options])
     assert publish.main() == 0
     assert "| base weights | nf4, computing in float32 |" in (run / "hub" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["nf4", "int8"])
+def test_a_base_that_is_stored_packed(workplace, given):
+    config = FOUR_BIT if given == "nf4" else BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(workplace / "model", quantization_config=config).save_pretrained(
+        workplace / f"stored-{given}"
+    )
+    AutoTokenizer.from_pretrained(workplace / "model").save_pretrained(workplace / f"stored-{given}")
+    runs = {"ours": [f"model.quantization={given}"]}
+    runs["stored"] = ["model.quantization=null", f"model.name_or_path=stored-{given}"]
+    for name, overrides in runs.items():
+        assert run_here(workplace, f"train.output_dir=runs/{name}-{given}", *overrides) == 0
+    ours, stored = ([line["loss"] for line in log_of(workplace / "runs" / f"{name}-{given}")] for name in runs)
+    assert stored == pytest.approx(ours, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from train.estimate.memory import predict_memory
-from train.estimate.plan import Plan, sizes_of_sequence_groups
+from train.estimate.plan import NF4, Plan, sizes_of_sequence_groups
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def _candidates(plan: Plan) -> Iterator[Change]:
         text = "train.deepspeed=deepspeed/zero3.json"
         yield Change(text, replace(plan, zero_stage=3, autocast=False))
     yield from _larger_groups(plan)
+    if plan.packed_bytes is None and plan.zero_stage < 3:
+        yield Change("model.quantization=nf4", replace(plan, packed_bytes=NF4), other_result=True)
     half = max(plan.length // 2, 8)
     yield Change(f"data.context_length={half}", replace(plan, length=half), other_result=True)
     fewer = plan.shape.targets & {"q_proj", "v_proj"}

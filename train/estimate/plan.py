@@ -15,6 +15,7 @@ from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # with quantised scales
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -70,6 +71,7 @@ class Plan:
         zero_stage: 0 without DeepSpeed; 2 splits the optimiser's state and the gradients, 3 the weights too.
         offload_optimizer, offload_weights: whether they live in the memory of the host.
         live: parameters that ZeRO-3 gathers ahead, at most.
+        packed_bytes: of an element of the linear layers, where bitsandbytes packs them.
         selection, distillation: whether a step learns from these, for which the base model runs first, full cache, no
             gradients.
     """
@@ -258,7 +260,7 @@ def _packed_bytes(settings: RunSettings) -> float | None:
         return None
     if settings.model.quantization == "int8":
         return 1.0
-    return 0.5 + (1 / 64 + 4 / (64 * 256) if settings.model.double_quantization else 4 / 64)
+    return NF4 if settings.model.double_quantization else 0.5 + 4 / 64
 
 
 def _offloaded(zero: dict, name: str) -> bool:
