@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.compute
@@ -32,7 +34,7 @@ from train.model import check_weights, is_packed, load_model, load_tokenizer, to
 from train.objective import objective_problems
 from train.preflight import check_trainer
 from train.publish.model_card import save_model_card
-from train.resume.checkpoints import is_finished, newest_checkpoint, replace_text
+from train.resume.checkpoints import STATE, is_finished, newest_checkpoint, replace_text
 from train.resume.run_directory import (
     CONFIG_NAME,
     changed_rows,
@@ -89,10 +91,14 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
         corpus.report.save(directory)
         corpus.report.print(console)
 
-    train_adapter(settings, args, corpus, tokenizer, settings.lrsa, console, resume)
+    steps = train_adapter(settings, args, corpus, tokenizer, settings.lrsa, console, resume)
     if settings.eval.control:
-        control_args = sft_config(settings, directory / "control")
-        train_adapter(settings, control_args, corpus, tokenizer, None, console, resume)
+        control = settings
+        if settings.train.max_minutes:
+            by_steps = settings.train.model_copy(update={"max_minutes": None, "max_steps": steps})
+            control = replace(settings, train=by_steps)
+        control_args = sft_config(control, directory / "control")
+        train_adapter(control, control_args, corpus, tokenizer, None, console, resume)
 
     environment.stop()
     if main:
@@ -132,11 +138,12 @@ def train_adapter(
     lrsa: LRSAConfig | None,
     console: Console,
     resume: bool,
-) -> None:
-    """Train one adapter of the base model, under LRSA or dense, and leave it verified in `args.output_dir`."""
+) -> int:
+    """Train one adapter of the base model, under LRSA or dense, leave it verified in `args.output_dir`, and return its
+    number of steps."""
     if resume and is_finished(args, settings.train.max_minutes or settings.train.early_stopping_patience):
         console.print(f"{args.output_dir} already holds a finished adapter: skipping its training", soft_wrap=True)
-        return
+        return json.loads((Path(args.output_dir) / STATE).read_text(encoding="utf-8"))["global_step"]
     if environment.rank() == 0:
         discard_results(Path(settings.train.output_dir))
     trainer = _trainer(settings, args, corpus, tokenizer, lrsa)
@@ -161,10 +168,12 @@ def train_adapter(
     if settings.parallel.sp_size > 1:
         separate_rows(args)
     trainer.accelerator.free_memory()
+    steps = trainer.state.global_step
     del trainer
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return steps
 
 
 def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokenizer, lrsa) -> LRSATrainer:

@@ -226,7 +226,7 @@ def _trainer_fields() -> dict[str, tuple[Any, FieldInfo]]:
 
 
 MAX_MINUTES = """Minutes of training, all starts of a run together; a learning rate that falls does so with the time.
-max_steps or num_train_epochs may end it earlier. The control gets as many."""
+max_steps or num_train_epochs may end it earlier. The control takes as many steps."""
 PATIENCE = """Stop when the held-out loss with the trained cache has not fallen for so many evaluations
 (train.eval_strategy), and keep the best checkpoint (load_best_model_at_end)."""
 TrainSettings = create_model(

@@ -174,8 +174,9 @@ def test_a_number_of_minutes(workplace, monkeypatch, capsys):
     rates = {line["step"]: line["learning_rate"] for line in lines(whole)}
     shares = [1, 0.975, *(1 - 0.125 * steps for steps in range(1, 7))]  # the second step has one of 40 steps behind it
     assert rates == pytest.approx({step + 1: 0.01 * share for step, share in enumerate(shares)})
-    assert run_here(workplace, "minutes", *limit, resume=True) == 0
+    assert run_here(workplace, "minutes", *limit, "eval.control=true", resume=True) == 0
     assert "already holds a finished adapter" in capsys.readouterr().out
+    assert len(lines(whole / "control")) == 8, "the control takes as many steps"
     (whole / "adapter_model.safetensors").unlink()
     shutil.rmtree(checkpoints(whole)[-1])
     assert run_here(workplace, "minutes", *limit, resume=True) == 0
