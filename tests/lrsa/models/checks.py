@@ -243,14 +243,18 @@ def _tuned(model, subject: Subject):
 
 
 def saved(subject: Subject) -> str | None:
-    """A saved model that is loaded by the name "lrsa" gives the same, and `remove_lrsa` gives the model back."""
+    """A saved model that is loaded by the name "lrsa" gives the same, and `remove_lrsa` gives the model back.
+
+    The name alone would set the encoders of images too, so `apply_lrsa` sets models that have one.
+    """
     model = subject.applied()
     with torch.no_grad():
         expected = logits(model, subject.ids, **subject.image)
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
-            again = reloaded(type(model), directory, next(model.parameters()).dtype)
-            if subject.image:  # the name alone sets the encoder too
+            sees = hasattr(model.config, "vision_config")
+            again = reloaded(type(model), directory, next(model.parameters()).dtype, "eager" if sees else "lrsa")
+            if sees:
                 apply_lrsa(again, CONFIG)
         # Frequencies and scales that a model computes from its configuration come in another precision.
         subject.close(logits(again, subject.ids, **subject.image), expected, own_error=1e-5)
@@ -260,9 +264,9 @@ def saved(subject: Subject) -> str | None:
     return None
 
 
-def reloaded(kind: type[PreTrainedModel], directory: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A model from a directory, on the attention "lrsa"."""
-    options = {"attn_implementation": "lrsa", "dtype": dtype}
+def reloaded(kind: type[PreTrainedModel], directory: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """A model from a directory, on an attention by its name."""
+    options = {"attn_implementation": attention, "dtype": dtype}
     try:
         model = kind.from_pretrained(directory, experts_implementation="eager", **options)
     except (TypeError, ValueError) as error:

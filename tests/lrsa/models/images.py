@@ -16,7 +16,9 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_s
 HALF_MROPE = {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}}
 # What else it takes to build families, by their parts.
 OVERRIDES = {
-    "qwen2_5_vl qwen2_5_omni_thinker paddleocr_vl": {"text_config": MROPE},
+    "qwen2_5_vl paddleocr_vl": {"text_config": MROPE},
+    "qwen2_5_omni_thinker": {"text_config": MROPE, "vision_start_token_id": 52},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 52},
     "glm46v glm4v glm4v_moe glm_ocr glmga": {"text_config": HALF_MROPE},
     "llava_next llava_next_video llava_onevision": {"image_grid_pinpoints": [[PIXELS, PIXELS]]},
     "qwen2_vl": {"text_config": MROPE, "vision_config": {"hidden_size": 32}},
