@@ -37,6 +37,7 @@ def load(
     config: LRSAConfig | None = None,
     revision: str | None = None,
     base_model: str | Path | None = None,
+    auto_class: type = AutoModelForCausalLM,
     **model_options,
 ) -> Loaded:
     """Load an adapter that was trained with lrsa, or a model into which one was merged.
@@ -55,8 +56,9 @@ def load(
         config: settings in place of the stored ones; needed for a model that was not trained with lrsa.
         revision: branch, tag or commit of `source` on the Hub. The base model's own is what the adapter was trained on.
         base_model: directory or Hub id of an adapter's base model, when it is no longer where it was in training.
-        model_options: passed to `AutoModelForCausalLM.from_pretrained` for the base model (`dtype`, `device_map`, ...);
-            `token`, `cache_dir` and `local_files_only` count for the adapter too.
+        auto_class: what makes the model; `AutoModelForImageTextToText` for one that is to see images.
+        model_options: passed to its `from_pretrained` for the base model (`dtype`, `device_map`, ...); `token`,
+            `cache_dir` and `local_files_only` count for the adapter too.
 
     Raises:
         ValueError: when there are no LRSA settings, they do not fit the base model, the adapter is a pickle or of
@@ -72,7 +74,7 @@ def load(
     if adapter is None:
         if base_model is not None:
             raise ValueError(f"base_model is for an adapter, and {source} is a model: leave base_model out")
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision or "main", **options)
+        model = auto_class.from_pretrained(source, revision=revision or "main", **options)
         # Merging keeps the settings inside the model's own configuration.
         if config is None and hasattr(model.config, "lrsa"):
             config = config_of(model)
@@ -81,7 +83,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", **tokenizer_options)
     else:
         config = LRSAConfig.from_pretrained(adapter) if config is None else config
-        model, base = _base_with_adapter(adapter, base_model, options)
+        model, base = _base_with_adapter(adapter, base_model, options, auto_class)
         own = {"pretrained_model_name_or_path": adapter} if (adapter / "tokenizer_config.json").is_file() else base
         tokenizer = AutoTokenizer.from_pretrained(**own, **tokenizer_options)
     prompt = PromptFormat.from_pretrained(source if adapter is None else adapter, **({} if adapter else found))
@@ -90,7 +92,9 @@ def load(
     return Loaded(apply_lrsa(model, config).eval(), tokenizer, lambda: LRSACache(config))
 
 
-def _base_with_adapter(adapter: Path, base_model: str | Path | None, options: dict) -> tuple[PreTrainedModel, dict]:
+def _base_with_adapter(
+    adapter: Path, base_model: str | Path | None, options: dict, auto_class: type
+) -> tuple[PreTrainedModel, dict]:
     """The model, and the name and revision of its base as `from_pretrained` takes them."""
     from peft import PeftConfig
 
@@ -102,7 +106,7 @@ def _base_with_adapter(adapter: Path, base_model: str | Path | None, options: di
     hub = {n: options[n] for n in ("token", "cache_dir", "local_files_only", "trust_remote_code") if n in options}
     try:
         source = {"source": name, "revision": base["revision"]}
-        model = AutoModelForCausalLM.from_pretrained(**base, **(options | loading.options(**source, **hub)))
+        model = auto_class.from_pretrained(**base, **(options | loading.options(**source, **hub)))
     except OSError as error:
         raise OSError(f"base model {name} cannot be loaded: {error}; if it moved, pass base_model=...") from error
     return attach_adapter(loading.check(model), adapter), base | loading.files()

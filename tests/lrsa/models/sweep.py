@@ -88,7 +88,7 @@ SPECIAL = [
 ]
 # Variants of a model for text and images: with text alone, and with an image among its tokens.
 TEXT, IMAGE = "text alone", "an image"
-# Encoders and decoders, and models without an image, in the mapping for text and images.
+# Encoders and decoders, a classifier, and models without an image, in the mapping for text and images.
 NOT_DECODERS = [
     "blip",
     "blip-2",
@@ -102,6 +102,7 @@ NOT_DECODERS = [
     "pi0",
     "pix2struct",
     "pp_formulanet",
+    "shieldgemma2",
     "t5gemma2",
     "udop",
     "vision-encoder-decoder",

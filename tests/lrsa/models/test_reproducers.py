@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.masking_utils import create_causal_mask
 
+import lrsa
 from lrsa import LRSACache, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT
 from tests.lrsa.models import checks, images
@@ -234,3 +238,18 @@ def test_a_model_loaded_by_name_gets_its_encoder_back_from_apply_lrsa():
         logits(model, subject.ids, **subject.image)
     with torch.no_grad():
         subject.close(logits(apply_lrsa(model, CONFIG), subject.ids, **subject.image), subject.expected, 1e-5)
+
+
+def test_an_adapter_of_a_model_that_sees_images_loads_and_generates(tmp_path):
+    subject = images.subject_with_an_image(images.build("llava"))
+    subject.model.save_pretrained(tmp_path / "base")
+    subject.model.name_or_path = str(tmp_path / "base")
+    tuned, _ = checks._tuned(subject.applied(), subject)
+    tuned.eval().save_pretrained(tmp_path / "adapter")
+    CONFIG.save_pretrained(tmp_path / "adapter")
+    plain = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="w0").save_pretrained(tmp_path / "adapter")
+    options = {"auto_class": AutoModelForImageTextToText, "dtype": torch.float64, "attn_implementation": "eager"}
+    model, _, new_cache = lrsa.load(tmp_path / "adapter", **options)
+    found, error = checks._greedy(subject, model, new_cache())
+    assert error < 1e-6 and torch.equal(found, checks._greedy(subject, tuned, new_cache())[0])
