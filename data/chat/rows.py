@@ -44,7 +44,7 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
     else:
         held = read_chats(records.evaluation, settings.columns, settings.evaluation_source, result.evaluation_dropped)
         held = [held[index] for index in chosen(len(held), settings.eval_rows, rng)]
-        evaluation = builder.rows(held, result.evaluation_dropped)
+        evaluation = builder.rows(held, result.evaluation_dropped)[: settings.eval_rows]
         result.held = {form for forms in _subjects(held) for form in forms}
     elsewhere = result.held | records.held
     kept = [chat for chat in chats if elsewhere.isdisjoint(subjects[id(chat)])]
@@ -159,7 +159,7 @@ class _Builder:
         """Chat, length of the prompt of its last answer, and row; chats that are too long are counted in `dropped`."""
         found, batches = [], [chats[start : start + _BATCH] for start in range(0, len(chats), _BATCH)]
         for batch in progress(batches, "building rows"):
-            todo = [(chat, rendered) for chat in batch for rendered in self._rendered(chat)]
+            todo = [pair for chat in batch for pair in self._rendered(chat)]
             for (chat, _), (end, row) in zip(todo, self._encoded([text for _, text in todo]), strict=True):
                 if len(row.input_ids) <= self.settings.context_length:
                     found.append((chat, end, row))
@@ -170,11 +170,12 @@ class _Builder:
                     dropped[TOO_LONG] += 1
         return found
 
-    def _rendered(self, chat: Chat | Completion) -> list[Rendered]:
+    def _rendered(self, chat: Chat | Completion) -> list[tuple[Chat | Completion, Rendered]]:
+        """Every text of a chat, each with the part of the chat that it holds and trains."""
         if isinstance(chat, Completion):
             prompt = self.turn.before + self.encoder.held(chat.prompt)
             text = prompt + self.encoder.held(chat.text) + self.turn.after
-            return [Rendered(text, [(len(prompt), len(text))], len(prompt))]
+            return [(chat, Rendered(text, [(len(prompt), len(text))], len(prompt)))]
         if self.settings.train_on == "last":
             chat = dataclasses.replace(chat, answers=chat.answers[-1:])
         try:
@@ -182,7 +183,11 @@ class _Builder:
         except DataError as error:
             raise DataError(f"{self.settings.source}: {error}") from error
         self.split += len(rows) > 1
-        return rows
+        pairs, left = [], chat.answers
+        for rendered in rows:
+            own, left = left[: len(rendered.trained)], left[len(rendered.trained) :]
+            pairs.append((dataclasses.replace(chat, messages=chat.messages[: own[-1] + 1], answers=own), rendered))
+        return pairs
 
     def _without_oldest(self, chat: Chat | Completion) -> Chat | None:
         """The chat without its oldest turn, a message of the user and all that follows it up to the next one."""

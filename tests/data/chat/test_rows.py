@@ -94,6 +94,18 @@ def test_a_template_that_rewrites_history_gives_a_row_for_each_answer(tmp_path, 
     assert any("1 chats make a row for each answer" in note for note in corpus.report.notes)
 
 
+def test_rows_of_one_chat_each_have_their_own_answer_and_are_cut_alone(tmp_path, byte_tokenizer):
+    tokenizer = with_template(byte_tokenizer, THINKING)
+    records = [chat("Who?", "Anna.", "When?", "Later.", "x" * 200, "End.")]
+    path = tmp_path / "held.jsonl"
+    path.write_text(json.dumps(records[0]) + "\n")
+    held = {"eval_path": str(path), "eval_rows": 2}
+    corpus = load(tmp_path, [*records, chat("Where?", "Here.")], tokenizer, context_length=290, too_long="cut", **held)
+    assert [row["answers"] for row in corpus.evaluation] == [["Anna."], ["Later."]], "eval_rows is their most"
+    corpus = load(tmp_path, records, tokenizer, context_length=290, too_long="cut")
+    assert trained(tokenizer, corpus) == [["Anna.<|im_end|>"], ["Later.<|im_end|>"], ["End.<|im_end|>"]], "each once"
+
+
 def test_reasoning_is_trained_behind_the_generation_prompt_which_is_stored(tmp_path, byte_tokenizer):
     tokenizer = with_template(byte_tokenizer, THINKING)
     corpus = load(tmp_path, [chat("Who?", "<think>\nhm\n</think>\n\nAnna.")], tokenizer)
