@@ -81,7 +81,6 @@ def test_training_ends_when_the_compressed_loss_rises_and_keeps_the_best(workpla
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_patience_is_resumed(workplace):
     """Of two evaluations without progress one came before the stop."""
     given = ["train.early_stopping_patience=2", "train.max_steps=20", "train.save_total_limit=null"]
@@ -105,6 +104,8 @@ def test_both_curves_are_in_the_picture(workplace):
 def test_patience_needs_evaluations(workplace, capsys):
     assert run_here(workplace, "train.eval_strategy=no", "train.output_dir=refused") == 2
     assert "train.early_stopping_patience: needs train.eval_strategy: steps" in capsys.readouterr().err
+    assert run_here(workplace, "data.eval_rows=0", "train.output_dir=refused") == 2
+    assert "train.eval_strategy: needs rows that are held out: set data.eval_rows" in capsys.readouterr().err
 
 
 NO_STOP = ["train.early_stopping_patience=null", "train.max_steps=2", "train.save_strategy=no"]

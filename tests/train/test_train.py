@@ -235,12 +235,13 @@ def test_files_of_no_run_are_not_written_over(workplace, tmp_path, overwrite, ca
 def test_what_was_measured_goes_when_training_goes_on(workplace, finished, capsys):
     longer = workplace / "runs" / "longer"
     shutil.copytree(finished[0], longer)
+    (longer / "evaluation" / "another source").mkdir(parents=True)
     assert run_here(workplace, "train.output_dir=runs/longer", "eval.enabled=false", resume=True) == 0
     assert (longer / "results.json").exists(), "nothing was trained"
     options = ["train.output_dir=runs/longer", "train.max_steps=6", "eval.enabled=false", "eval.control=false"]
     assert run_here(workplace, *options, resume=True) == 0
     assert "train.max_steps was 4, is 6: from here on the learning rate is" in capsys.readouterr().out
-    left = [name for name in ("results.json", "report.md", "score_vs_keep_ratio.png") if (longer / name).exists()]
+    left = [name for name in ("results.json", "report.md", "evaluation") if (longer / name).exists()]
     assert left == [] and "This adapter was not evaluated" in (longer / "README.md").read_text()
 
 

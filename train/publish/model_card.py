@@ -126,7 +126,8 @@ def _listed(path: str | list[str] | None) -> list[str]:
 
 def eval_results(settings: RunSettings, results: Results) -> list[EvalResult]:
     """Every score of the adapter, one entry for each metric and cache, for the card's `model-index`."""
-    data = next(iter(settings.data.each().values()))
+    sources = list(settings.data.each().values())
+    data = next((one for one in sources if one.eval_rows), sources[0])  # that of the results
     evaluated = data.eval_path or data.path
     on_hub = {"dataset_config": data.name, "dataset_split": data.eval_split or data.split} if hub_id(evaluated) else {}
     scores = [

@@ -100,18 +100,20 @@ def changed_rows(directory: Path, report: DataReport) -> str | None:
 
 def clear_run_directory(directory: Path) -> None:
     """Delete what an earlier run wrote; other files stay."""
-    for path in [*checkpoints(directory), *(directory / name for name in WRITTEN)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    _remove([*checkpoints(directory), *(directory / name for name in WRITTEN)])
 
 
 def discard_results(directory: Path) -> None:
     """Delete the results of an adapter that is about to be trained further."""
-    for name in RESULTS:
-        (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / PUBLISHED_NAME, ignore_errors=True)
+    _remove([directory / name for name in (*RESULTS, PUBLISHED_NAME)])
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def lock_run_directory(directory: Path) -> FileLock:

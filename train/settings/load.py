@@ -127,6 +127,8 @@ def _conflicts(built: dict) -> dict[FieldPath, str]:
         )
     if train and train.early_stopping_patience and train.eval_strategy == "no":
         problems["train", "early_stopping_patience"] = "needs train.eval_strategy: steps, and train.eval_steps"
+    if train and data and train.eval_strategy != "no" and not any(one.eval_rows for one in data.each().values()):
+        problems["train", "eval_strategy"] = "needs rows that are held out: set data.eval_rows above 0, or it to no"
     if train and train.max_minutes and objective and objective.schedule == "shrink":
         problems["objective", "schedule"] = (
             "shrink divides the steps, whose number is not known with train.max_minutes: use draw, or train.max_steps"

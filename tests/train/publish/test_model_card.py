@@ -63,6 +63,14 @@ def test_names_on_the_hub_are_metadata(tiny_run):
     assert "| length | 1 epochs |" in card.text and "| batch | 1 rows per device x 16 accumulated |" in card.text
 
 
+def test_scores_are_those_of_the_first_source_with_held_out_rows(tiny_run, tmp_path):
+    sources = [{"kind": "text", "path": "org/text", "eval_rows": 0}, {"kind": "text", "path": "org/held"}]
+    values = {"model": {"name_or_path": "org/model"}, "data": {"sources": sources}}
+    (tmp_path / "two.yaml").write_text(json.dumps(values))
+    card = model_card(settings_of(str(tmp_path / "two.yaml")), tiny_run, Results.load(tiny_run))
+    assert {item.dataset_type for item in card.data.eval_results} == {"org/held"}
+
+
 def test_a_run_without_evaluation_says_so(tiny_run):
     card = model_card(settings_of("qa.yaml"), tiny_run, None)
     assert "This adapter was not evaluated" in card.text and "| cache |" not in card.text
