@@ -73,7 +73,9 @@ def _lines(file: Path) -> io.TextIOWrapper:
 
 
 def _text(file: Path) -> Iterator[dict[str, str]]:
-    yield {"text": _lines(file).read()}
+    text = _lines(file).read()
+    _refuse_nul(file, text)
+    yield {"text": text}
 
 
 def _json(file: Path) -> Iterator[Any]:
@@ -119,6 +121,7 @@ def _csv(file: Path) -> Iterator[dict[str, str]]:
     header: list[str] = []
     try:
         for row in reader:
+            _refuse_nul(file, *row)
             if not header:
                 header = row
             elif row:
@@ -147,6 +150,11 @@ def _arrow(file: Path) -> Iterator[dict[str, Any]]:
             batches = (table.get_batch(number) for number in range(table.num_record_batches))
         for batch in batches:
             yield from batch.to_pylist()
+
+
+def _refuse_nul(file: Path, *texts: str) -> None:
+    if any("\0" in text for text in texts):
+        raise DataError(f"{file} holds NUL characters, as UTF-16 does when it is read as UTF-8: convert it to UTF-8.")
 
 
 def _refuse_surrogates(file: Path, number: int, record: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from glob import glob, has_magic
 from pathlib import Path
@@ -148,7 +149,8 @@ def _load_dataset(
         options = {"keep_default_na": False, "na_values": [""]} if isinstance(builder, Csv) else {}
         return _rows(datasets.load_dataset(path, name, split=split, streaming=stream, **options))
     except Exception as error:  # network, Hub, builder and file errors share no base class; all mean the same here
+        reason = re.sub(r" \(\w+\)$", "", str(error))  # the name of a Python exception
         raise DataError(
             f"{setting} {path} (name {name}, split {split}) cannot be loaded. There is no file or directory "
-            f"{Path(path).absolute()}, or no data set in it, and datasets.load_dataset says: {error}"
+            f"{Path(path).absolute()}, or no data set in it, and datasets.load_dataset says: {reason}"
         ) from error

@@ -193,7 +193,7 @@ class Results:
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls._from_dict(values)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read as the results of an evaluation: {error!r}") from error
+            raise ValueError(f"{path} cannot be read as the results of an evaluation: {error}") from error
 
     @classmethod
     def _from_dict(cls, values: dict) -> Results:

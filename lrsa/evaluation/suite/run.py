@@ -125,7 +125,7 @@ def _measure_group(suite: Suite, group: str, measure, tokenizer, turn: PromptFor
             try:
                 rows, score, most = harness_rows(name, tokenizer, turn, length, count)
             except Exception as error:  # code of the tasks and of the Hub's client: anything may come out of it
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                reason = (str(error).strip() or "it cannot be loaded").splitlines()[0]
         if reason:
             suite.skipped[f"{name}, {length} tokens"] = reason
             reason = reason if group == "longbench" else ""

@@ -144,6 +144,14 @@ def test_unusable_files_say_why(name, content, part, tmp_path):
         read_records(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+def test_utf16_without_a_mark_is_not_read_as_utf8(name, tmp_path):
+    """Every second character would be a NUL."""
+    (tmp_path / name).write_text("text\nnine\n", encoding="utf-16-le")
+    with pytest.raises(DataError, match="holds NUL characters, as UTF-16 does"):
+        read_records(str(tmp_path / name))
+
+
 def test_a_file_that_is_not_utf8_says_so(tmp_path):
     (tmp_path / "a.txt").write_bytes("größer".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
