@@ -49,6 +49,7 @@ def run_suite(
         depths=[depth / max(depths - 1, 1) for depth in range(depths)], count=settings.eval.suite_rows,
         questions=_questions(settings, tokenizer, corpus, lengths), metric=settings.eval.metric,
         batch_size=settings.eval.batch_size, seed=settings.train.seed, progress=not settings.train.disable_tqdm,
+        each=lambda suite: save_suite(suite, out),
     )  # fmt: skip
     save_suite(suite, out)
     console.print(f"suite: {out / 'suite.md'}")

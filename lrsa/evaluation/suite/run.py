@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lrsa.config import LRSAConfig
@@ -69,6 +69,7 @@ def long_context(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     count: int = 4,
     questions: Mapping[int, Sequence[dict]] | None = None,
+    each: Callable[[Suite], object] = lambda suite: None,
     seed: int = 0,
     metric: str = "both",
     **options,
@@ -83,6 +84,7 @@ def long_context(
             `count` times the number of depths.
         questions: length -> rows of questions over real passages, for `questions` (F1) and `position` (the loss of all
             tokens by their place in the row); without them these tasks are skipped.
+        each: called after every task and length with what there is so far, for example to save it.
 
     Raises:
         ValueError: when a task is not known, a length is too short, or as `compare`.
@@ -97,24 +99,28 @@ def long_context(
             how["max_new_tokens"] = longest_answer(tokenizer, rows) + SPARE if most is None else most
         suite.parts[task, length] = compare(models, tokenizer, rows, kind, config, keep_ratios, **options | how)
         suite.depths[task, length] = [row.get("depth") for row in rows]
+        each(suite)
 
     for length in lengths:
         for task in (task for task in NEEDLES if task in tasks):
             rows = NEEDLES[task](tokenizer, turn, length, depths, count, seed)
             measure(task, length, rows, "retrieval", score=score_numbers)
-        asked = list((questions or {}).get(length, ()))[:total]
-        for task in {"questions", "position"} & set(tasks):
-            if not asked:
-                suite.skipped[f"{task}, {length} tokens"] = "there are no rows of questions of this length"
-        if asked and "questions" in tasks:
-            measure("questions", length, asked, "qa")
-        if asked and "position" in tasks:
-            texts = [{"input_ids": row["input_ids"]} for row in asked]
-            shortest = min(len(text["input_ids"]) for text in texts)
-            measure("position", length, texts, "loss", edges=[shortest * k // BINS for k in range(BINS + 1)])
+        _measure_questions(suite, measure, tasks, length, list((questions or {}).get(length, ()))[:total])
         for group in (group for group in HARNESS if group in tasks):
             _measure_group(suite, group, measure, tokenizer, turn, length, total)
     return suite
+
+
+def _measure_questions(suite: Suite, measure: Callable, tasks: Sequence[str], length: int, asked: list[dict]) -> None:
+    for task in {"questions", "position"} & set(tasks):
+        if not asked:
+            suite.skipped[f"{task}, {length} tokens"] = "there are no rows of questions of this length"
+    if asked and "questions" in tasks:
+        measure("questions", length, asked, "qa")
+    if asked and "position" in tasks:
+        texts = [{"input_ids": row["input_ids"]} for row in asked]
+        shortest = min(len(text["input_ids"]) for text in texts)
+        measure("position", length, texts, "loss", edges=[shortest * k // BINS for k in range(BINS + 1)])
 
 
 def _measure_group(suite: Suite, group: str, measure, tokenizer, turn: PromptFormat, length: int, count: int) -> None:

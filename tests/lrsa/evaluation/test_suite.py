@@ -64,11 +64,12 @@ def test_every_cell_is_the_mean_of_its_rows_and_what_is_not_measured_is_said(
         raise OSError(f"{name} cannot be fetched\nat length")
 
     monkeypatch.setattr(run, "harness_rows", none)
+    sizes = []
     models = {"base, recent": Variant(model, None, Recent(**CONFIG)), "base": Variant(model, None)}
     rows = [row | {"prompt_length": 20, "answers": ["x"]} for row in make_rows(4)]
     suite = long_context(
         models, byte_tokenizer, TURN, CONFIG, (0.25,), lengths=(900, 1000), depths=(0.0, 1.0), count=2,
-        questions={900: rows}, metric="loss", progress=False,
+        questions={900: rows}, metric="loss", progress=False, each=lambda suite: sizes.append(len(suite.depths)),
         tasks=("passkey_16", "multi_value", "questions", "position", "longbench"),
     )  # fmt: skip
     assert set(suite.parts) == {
@@ -76,6 +77,7 @@ def test_every_cell_is_the_mean_of_its_rows_and_what_is_not_measured_is_said(
         ("questions", 900),
         ("position", 900),
     }
+    assert sizes == [1, 2, 3, 4, 5, 6]
     save_suite(suite, tmp_path)
     cells = json.loads((tmp_path / "suite.json").read_text())["cells"]
     results = suite.parts["passkey_16", 1000]
