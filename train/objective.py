@@ -138,8 +138,9 @@ class Objective:
             return F.kl_div(log_probabilities(student), target, log_target=True, reduction="sum")
 
         chunks = _most_of_any_process(math.ceil(len(states) / max(LOGITS // config.vocab_size, 1)), states.device)
+        # Reentrant: the other kind compares saved tensors, and under ZeRO-3 the head's weights are gathered between.
         sums = [
-            checkpoint(part, *pair, use_reentrant=False)
+            checkpoint(part, *pair, use_reentrant=True)
             for pair in zip(states.tensor_split(chunks), self._teacher_states.tensor_split(chunks), strict=True)
         ]
         return heat**2 * torch.stack(sums).sum()

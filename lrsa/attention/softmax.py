@@ -63,9 +63,10 @@ class Softmax:
 
     def weights(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """What each query takes of each key, `[B, G, H / G, T, S]` in fp32 or fp64; with sinks less than 1 in all."""
-        batch, _, tokens, channels = query.shape
-        scores = query.reshape(batch, key.shape[1], -1, channels) @ key.transpose(2, 3) * self.scale
-        scores = scores.unflatten(2, (-1, tokens)).to(torch.promote_types(query.dtype, torch.float32))
+        batch, heads, tokens, channels = query.shape
+        group = heads // key.shape[1]
+        scores = query.reshape(batch, key.shape[1], group * tokens, channels) @ key.transpose(2, 3) * self.scale
+        scores = scores.unflatten(2, (group, tokens)).to(torch.promote_types(query.dtype, torch.float32))
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if mask is not None:

@@ -152,6 +152,14 @@ def test_all_heads_teach_the_one_selection_of_latents():
     assert (found[name] - plain[name]).norm() > 0
 
 
+def test_rows_of_which_nothing_is_trained_teach_nothing(model):
+    """A process may get prompts alone, as its part of packed rows."""
+    ids = torch.randint(0, 48, (2, 30))
+    found, supervision = grads_of(model, 2.0, ids, predicting=torch.zeros_like(ids, dtype=torch.bool))
+    assert all(loss == 0 for loss in supervision.losses.values()) and len(supervision.losses) == 2
+    assert_same(found, grads_of(model, 0.0, ids)[0])
+
+
 def test_what_the_loss_is_divided_by_divides_the_supervision(model):
     ids = torch.randint(0, 48, (2, 30))
     whole, _ = grads_of(model, 2.0, ids)
