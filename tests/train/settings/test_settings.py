@@ -46,7 +46,7 @@ def test_files_are_found_from_here_from_the_configuration_and_from_the_repositor
 def test_the_configurations_of_the_repository_load_from_anywhere(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     settings = load_settings(name)
-    assert settings.train.deepspeed.endswith("zero2.json")
+    assert (settings.train.deepspeed or "zero2.json").endswith("zero2.json"), "or one process on a CPU"
     assert settings.lrsa.dense_length < settings.data.context_length
     copy = tmp_path / "mine.yaml"
     copy.write_text((REPOSITORY / "configs" / name).read_text())
