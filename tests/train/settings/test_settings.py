@@ -76,9 +76,10 @@ def test_defaults_give_way_to_what_is_set(load):
 def test_the_train_section_is_that_of_trl():
     """Every field of SFTConfig is a setting with TRL's default, or says what to use instead, or is ours by name."""
     fields = {field.name: field for field in dataclasses.fields(SFTConfig)}
-    assert fields.keys() | {"max_minutes"} == TrainSettings.model_fields.keys() | TrainSettings.not_here.keys()
+    own = {"max_minutes", "early_stopping_patience"}
+    assert fields.keys() | own == TrainSettings.model_fields.keys() | TrainSettings.not_here.keys()
     assert not TrainSettings.model_fields.keys() & TrainSettings.not_here.keys()
-    for name in TrainSettings.model_fields.keys() - OURS.keys() - {"max_minutes"}:
+    for name in TrainSettings.model_fields.keys() - OURS.keys() - own:
         default = fields[name].default
         default = fields[name].default_factory() if default is dataclasses.MISSING else default
         assert getattr(TrainSettings(), name) == default, name
