@@ -141,7 +141,8 @@ def train_adapter(
 ) -> int:
     """Train one adapter of the base model, under LRSA or dense, leave it verified in `args.output_dir`, and return its
     number of steps."""
-    if resume and is_finished(args, settings.train.max_minutes or settings.train.early_stopping_patience):
+    train = settings.train
+    if resume and is_finished(args, minutes=train.max_minutes, _in_vain=train.early_stopping_patience):
         console.print(f"{args.output_dir} already holds a finished adapter: skipping its training", soft_wrap=True)
         return json.loads((Path(args.output_dir) / STATE).read_text(encoding="utf-8"))["global_step"]
     if environment.rank() == 0:

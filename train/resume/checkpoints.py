@@ -20,6 +20,7 @@ from train.settings.errors import Problem, SettingsError
 
 COMPLETE = "complete.json"
 STATE = "trainer_state.json"
+COUNTED = "counted"  # in the state of a finished adapter
 
 
 def mark_complete(checkpoint: Path, made_by: dict) -> None:
@@ -98,9 +99,9 @@ def remove_old(directory: Path, most: int | None, best: str | None) -> None:
         shutil.rmtree(checkpoint)
 
 
-def is_finished(args: TrainingArguments, limit: float | None = None) -> bool:
-    """Whether `args.output_dir` holds an adapter that was trained for as many steps as asked for, or until a `limit`
-    of another kind ended its training."""
+def is_finished(args: TrainingArguments, **limits: float | None) -> bool:
+    """Whether `args.output_dir` holds an adapter that was trained for as many steps as asked for, or until one of the
+    `limits` (of what `ResumableTrainer.counted` names) ended its training."""
     try:
         verify_adapter(args.output_dir)
         state = json.loads((Path(args.output_dir) / STATE).read_text(encoding="utf-8"))
@@ -108,7 +109,8 @@ def is_finished(args: TrainingArguments, limit: float | None = None) -> bool:
         return False
     if state["global_step"] < state["max_steps"]:
         return False
-    if limit is not None:
+    counted = state["stateful_callbacks"].get(COUNTED, {})
+    if any(limit is not None and counted.get(name, 0) >= limit for name, limit in limits.items()):
         return True
     if args.max_steps > 0:
         return args.max_steps <= state["global_step"]

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 
 from train.adapter import ADAPTER_NAME
 from train.failures import ProcessLost, RunFailed, RunStopped, first_line, is_lost_connection
-from train.resume.checkpoints import COMPLETE, checkpoints, damage, mark_complete, remove_damaged, remove_old
+from train.resume.checkpoints import COMPLETE, COUNTED, checkpoints, damage, mark_complete, remove_damaged, remove_old
 from train.resume.time_limit import TimeLimit
 
 
@@ -87,6 +87,7 @@ class ResumableTrainer(SFTTrainer):
         self._refuse_weights_that_are_not_finite()
         with self._written(Path(self.args.output_dir)):
             self.save_model()
+            self.state.stateful_callbacks[COUNTED] = self._counted()
             self.save_state()
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -140,9 +141,11 @@ class ResumableTrainer(SFTTrainer):
         if self.args.should_save:
             remove_old(Path(self.args.output_dir), most, self.state.best_model_checkpoint)
 
+    def _counted(self) -> dict:
+        return {name: getattr(self, name) for name in self.counted}
+
     def _save_counted(self, checkpoint: Path) -> None:
-        values = {name: getattr(self, name) for name in self.counted}
-        values |= {"loss": self._tr_loss.item(), "metrics": dict(self._metrics["train"])}
+        values = self._counted() | {"loss": self._tr_loss.item(), "metrics": dict(self._metrics["train"])}
         self._counted_file(checkpoint).write_text(json.dumps(values), encoding="utf-8")
 
     def restore_counted(self) -> None:

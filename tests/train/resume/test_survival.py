@@ -181,6 +181,9 @@ def test_a_number_of_minutes(workplace, monkeypatch, capsys):
     shutil.rmtree(checkpoints(whole)[-1])
     assert run_here(workplace, "minutes", *limit, resume=True) == 0
     assert {line["step"]: line["learning_rate"] for line in lines(whole)} == pytest.approx(rates)
+    capsys.readouterr()
+    assert run_here(workplace, "minutes", *limit, "train.max_minutes=1.25", resume=True) == 0
+    assert "train.max_minutes used up after step 10" in capsys.readouterr().out, "more minutes are used"
     assert run_here(workplace, "minutes", *limit, "objective.schedule=shrink") == 2
     assert "shrink divides the steps" in capsys.readouterr().err
 
