@@ -92,6 +92,7 @@ def _held_out(
     rows = _rows([of_text[text] for text in kept], settings, tokenizer, result.dropped)
     if taken or not wanted:
         return rows, evaluation
+    result.held = result.seen  # so that no other source trains on the rows at the end
     border = len(rows) - min(wanted, len(rows) // 2)
     result.notes.append("no document is short enough to be held out whole: the last rows are held out instead")
     return rows[:border], rows[border:]

@@ -87,6 +87,16 @@ def test_what_one_source_evaluates_no_other_trains_on(streaming, files, byte_tok
     assert held.isdisjoint(trained) and len(held | trained) == 60
 
 
+def test_parts_of_documents_that_one_source_evaluates_are_trained_on_in_no_other(files, tmp_path, byte_tokenizer):
+    long = " ".join(f"fox{n}" for n in range(200))
+    (tmp_path / "long.txt").write_text(long)
+    (tmp_path / "also.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, "a short one")))
+    one = {"kind": "text", "path": str(tmp_path / "long.txt"), "eval_rows": 1}
+    corpus = load(byte_tokenizer, [one, {"kind": "text", "path": str(tmp_path / "also.jsonl"), "eval_rows": 0}])
+    [held] = corpus.evaluation
+    assert held["input_ids"] not in list(corpus.train["input_ids"]) and len(corpus.train) == 4
+
+
 @pytest.mark.parametrize("kind", ["qa", "chat", "text", "synthetic"])
 def test_a_stream_has_the_rows_of_all_blocks_in_order(kind, files, chatml, monkeypatch):  # noqa: F811
     monkeypatch.setattr(mixture, "BLOCK", 8)
