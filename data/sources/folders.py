@@ -59,7 +59,8 @@ def read_folder(folder: Path, split: str, setting: str) -> Folder | None:
             f"Name one file or a sub-folder with {setting}, or move the others away."
         )
     if not found:
-        if any(kind_of(path) is None and not _describes(path) for path in paths):
+        prose = any(kind_of(path) == "text" and path.suffix != ".md" for path in paths)  # datasets would read it
+        if not prose and any(kind_of(path) is None and not _describes(path) for path in paths):
             return None
         listed = f"nothing but {_named(paths, folder)}" if paths else "no file"
         raise DataError(f"{setting} {folder} holds {listed}: name the file itself with {setting} to use it as data.")
