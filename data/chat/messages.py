@@ -137,10 +137,10 @@ def _chat(number: int, record: dict, columns: dict[str, str], raw: list, first_t
     messages, answers = [], []
     for place, message in enumerate(raw):
         try:
-            read, weight = _message(message, columns)
+            read, trained = _message(message, columns)
         except ValueError as error:
             raise ValueError(f"message {place}: {error}") from error
-        if read["role"] == "assistant" and place >= first_trained and weight:
+        if read["role"] == "assistant" and place >= first_trained and trained:
             answers.append(place)
         messages.append(read)
     if answers:
@@ -164,8 +164,8 @@ def _tool_name(tool: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _message(raw: Any, columns: dict[str, str]) -> tuple[dict[str, Any], float]:
-    """A message as templates take it, and OpenAI's `weight`, 0 for an answer that is not trained."""
+def _message(raw: Any, columns: dict[str, str]) -> tuple[dict[str, Any], bool]:
+    """A message as templates take it, and whether an answer is trained, for which OpenAI's `weight` is not 0."""
     if not isinstance(raw, dict):
         raise ValueError(f"must be a mapping with role and content, got {raw!r:.60}.")
     role = next((raw[name] for name in (columns.get("role", "role"), "from") if raw.get(name) is not None), None)
@@ -189,7 +189,9 @@ def _message(raw: Any, columns: dict[str, str]) -> tuple[dict[str, Any], float]:
         message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
     elif content is None:
         raise ValueError(f"has no content ({' or '.join(names)}).")
-    return message, raw.get("weight") if raw.get("weight") is not None else 1
+    if (weight := raw.get("weight")) not in (None, 0, 1):
+        raise ValueError(f"weight must be 0 (not trained) or 1, got {weight!r:.60}.")
+    return message, weight != 0
 
 
 def _text(content: Any) -> str:

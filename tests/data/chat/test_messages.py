@@ -92,6 +92,7 @@ def test_what_has_nothing_to_train_is_counted():
         ({"messages": [{"role": "user", "content": 3}]}, "message 0: content must be text, got 3"),
         ({"messages": [{"role": "user"}]}, "message 0: has no content (content or value)"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts of type image_url; only text"),
+        ({"messages": [WHO[0], WHO[1] | {"weight": 0.5}]}, "message 1: weight must be 0 (not trained) or 1, got 0.5"),
         ({"messages": WHO, "tools": "{"}, "record 1: tools must be JSON"),
         ({"messages": WHO, "tools": [{"function": {"name": 3}}]}, "tools must be a list of JSON schemas of functions"),
         ({"messages": WHO, "chat_template_kwargs": [1]}, "chat_template_kwargs must be a mapping, got [1]"),
