@@ -207,11 +207,11 @@ def test_a_real_4_bit_base_learns(shared, tmp_path):
     base, settings = AutoModelForCausalLM.from_pretrained(REAL_MODEL), load_settings(str(run / "config.yaml"))
     packed, full = lrsa.load(run, quantization_config=FOUR_BIT), lrsa.load(run)
     [row, *_] = data.load(settings.data, full.tokenizer, settings.train.seed, settings.lrsa.dense_length).train
-    ids, trained = (torch.tensor([row[name]]) for name in ("input_ids", "completion_mask"))
+    ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
 
     def loss(model) -> float:
         with torch.no_grad():
-            return model(ids, labels=ids.where(trained > 0, -100)).loss.item()
+            return model(ids, labels=labels).loss.item()
 
     assert loss(packed.model) < 0.5 * loss(base) and loss(full.model) < 0.5 * loss(base), "the adapter works on both"
 
