@@ -154,7 +154,7 @@ class Results:
             for s in self.settings
         ]
         cells = [
-            {"model": model, "setting": setting, "seconds": round(cell.seconds, 3),
+            {"model": model, "setting": setting, "seconds": cell.seconds,
              "kept": cell.kept, "answers": cell.answers,
              "scores": {metric: score.to_dict() for metric, score in cell.scores.items()}}
             for model, by_setting in self.cells.items()
