@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, g
 from prometheus_client.core import GaugeMetricFamily
 from pydantic import BaseModel, ConfigDict, Field
 
-from lrsa.prompt import PromptFormat
+from lrsa.prompt import PromptFormat, chat_template
 from lrsa.serving import request as requests
 from lrsa.serving.engine import Engine
 
@@ -124,10 +124,15 @@ class Server:
                 "this model has no chat template: send one message of role user, or a whole text to /v1/completions."
             )
         plain = [{"role": message.role, "content": message.text} for message in messages]
+        options = {"chat_template": chat_template(tokenizer), "tokenize": False, "add_generation_prompt": True}
         try:
-            return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(plain, **options)
         except Exception as error:  # a template is a program of the model's author: anything may come out of it
             raise ValueError(f"the chat template refuses these messages: {error}") from error
+        asked, place = messages[-1].text.strip(), text.rfind(messages[-1].text.strip())
+        if self.prompt is None or place < 0:
+            return text
+        return text[: place + len(asked)] + self.prompt.between  # up to the answer as in training
 
     async def _answer(self, body: Sampled, http: Request, text: str, limit: int | None, writer: Writer):
         if body.model not in (None, self.name):

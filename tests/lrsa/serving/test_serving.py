@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrsa import LRSACache, LRSAConfig, PromptFormat, apply_lrsa
-from lrsa.serving.api import Server
+from lrsa.serving.api import Message, Server
 from lrsa.serving.engine import Engine
 from lrsa.serving.request import Request, Sampling
 
@@ -181,3 +181,16 @@ def test_conversations_by_the_chat_template(engine, byte_tokenizer, monkeypatch)
     assert first["usage"]["prompt_tokens"] == len(
         byte_tokenizer("<s>system: Short.</s><s>user: Who?</s><s>assistant: ", add_special_tokens=False)["input_ids"]
     )
+
+
+def test_a_conversation_leads_to_its_answer_as_in_training(engine, byte_tokenizer, monkeypatch):
+    """Templates that think put an empty block before an answer in training, and none into their generation prompt."""
+    template = "{% for m in messages %}<s>{{ m.role }}: {% if m.role == 'assistant' %}<think></think>{% endif %}"
+    template += "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    monkeypatch.setattr(byte_tokenizer, "chat_template", template)
+    server = Server(engine, "tiny", PromptFormat.of(byte_tokenizer))
+    turns = [Message(role="user", content="Who?"), Message(role="assistant", content="Anna."),
+             Message(role="user", content="When? ")]  # fmt: skip
+    text = "<s>user: Who?</s><s>assistant: <think></think>Anna.</s><s>user: When?</s><s>assistant: <think></think>"
+    assert server.conversation(turns) == text
+    assert server.conversation(turns[:1]) == "<s>user: Who?</s><s>assistant: <think></think>"
