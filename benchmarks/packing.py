@@ -66,7 +66,8 @@ def main() -> None:
     parser.add_argument("--shape", default="tiny", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     options = start(parser)
-    model = apply_lrsa(with_lora(random_model(options, options.context)), config_of(options, options.setting))
+    model = with_lora(random_model(options, options.context), keep=False)
+    apply_lrsa(model, config_of(options, options.setting))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     rows = documents(options.documents, options.median, options.spread, options.context)
     kinds = {

@@ -35,8 +35,7 @@ class SelectionSupervision:
         config: the settings whose selection is taught; `top_k` does not matter.
         predicting: bool `[B, T]`, the tokens whose queries count, such as those that predict a trained token.
         layers: indices of the layers that are taught.
-        weight: of the loss, a mean over layers, KV heads and the documents that have something to teach, against the
-            loss it is trained with.
+        weight: of the loss, a mean over layers, documents and KV heads, against the loss it is trained with.
         temperature: factor of the scores' deviations before their softmax. LagKV's own softmax is almost flat.
         queries: maximum number of a document's predicting tokens, spread evenly; they bound time and memory.
 
@@ -64,7 +63,7 @@ class SelectionSupervision:
         self.losses: dict[int, torch.Tensor] = {}
         self.reached: set[int] = set()
         self.upstream: torch.Tensor | float = 1.0
-        self._targets: dict[int, tuple[list[torch.Tensor], torch.Tensor]] = {}  # and how many documents teach
+        self._targets: dict[int, list[torch.Tensor]] = {}
 
     def scale_with(self, loss: torch.Tensor) -> None:
         """Let the gradient that reaches `loss` scale the supervision: accumulation, loss scaling, averaging."""
@@ -106,16 +105,13 @@ class SelectionSupervision:
             parts = zip(*(_laid_out(x.detach(), groups) for x in (query, *attended)), strict=True)
             places = _places(self.predicting, groups, self.queries)
             targets = [future_attention(*x, at, self.config, **softmax) for x, at in zip(parts, places, strict=True)]
-            targets = targets if expand is None else [x.mean(1, keepdim=True) for x in targets]
-            # Not short ones, nor padding, whose tokens are documents of their own where processes share rows.
-            first = self.config.sink_size + 2 * self.config.lag_size  # the first query that meets a compressed window
-            teaching = sum((at >= first).any(1).sum() for at in places)
-            self._targets[layer] = targets, teaching.clamp(min=1)
+            self._targets[layer] = targets if expand is None else [x.mean(1, keepdim=True) for x in targets]
         states = (key, value) if expand is None else scored(key, value)
-        targets, teaching = self._targets[layer]
-        parts = zip(targets, *(_laid_out(x, groups) for x in states), strict=True)
+        parts = zip(self._targets[layer], *(_laid_out(x, groups) for x in states), strict=True)
         losses = [selection_loss(*part, self.config, self.temperature).mean(1).sum() for part in parts]
-        loss = torch.stack(losses).sum() / teaching
+        # Padding does not count: where processes share rows, each of its tokens is a document.
+        documents = sum(group.shape[0] for group in groups if group.shape[1] > 1)
+        loss = torch.stack(losses).sum() / max(documents, 1)
         self.losses[layer] = loss.detach()
         return _Attach.apply(out, loss, self, self.weight / len(self.layers))
 

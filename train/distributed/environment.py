@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import socket
 import warnings
@@ -20,6 +21,8 @@ def prepare() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Tokenizers would warn, and use one thread, once a data loader forks after they ran in parallel.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # It says on every import that a faster kernel is not there.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # TRL reads an attribute that transformers renamed; a user cannot act on it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
