@@ -18,10 +18,18 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
+from lrsa.hf.layers import is_recurrent
 from train.adapter import some
 from train.failures import is_out_of_memory
 from train.settings.errors import Problem, SettingsError
 from train.settings.schema import ModelSettings
+
+# Their layers never see where documents begin (docs/models.md): packed ones would see each other, with LRSA or without.
+NO_DOCUMENTS = (
+    *("granitemoehybrid", "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+    *("xlm-roberta-xl", "xmod", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm_ocr"),
+    "paddleocr_vl",
+)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -122,6 +130,15 @@ def token_problems(tokenizer: PreTrainedTokenizerBase, highest: int, model: PreT
         "model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save the model"
     )
     return [Problem("", "model.name_or_path", text)]
+
+
+def packing_problems(model: PreTrainedModel) -> list[Problem]:
+    """Models that cannot tell packed documents apart."""
+    kind = model.config.model_type
+    if kind not in NO_DOCUMENTS and not is_recurrent(model.config.get_text_config()):
+        return []
+    text = f"cannot be used with {kind}: its layers do not see where a document begins; set it to false"
+    return [Problem("", "train.packing", text)]
 
 
 def _quantization(settings: ModelSettings) -> BitsAndBytesConfig | None:

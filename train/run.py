@@ -30,7 +30,7 @@ from train.distributed.ulysses import (
 from train.estimate.report import out_of_memory
 from train.evaluation import evaluate_run, load_variants, save_training_losses
 from train.failures import is_out_of_memory
-from train.model import check_weights, is_packed, load_model, load_tokenizer, token_problems
+from train.model import check_weights, is_packed, load_model, load_tokenizer, packing_problems, token_problems
 from train.objective import objective_problems
 from train.preflight import check_trainer
 from train.publish.model_card import save_model_card
@@ -182,6 +182,7 @@ def _trainer(settings: RunSettings, args: SFTConfig, corpus: data.Corpus, tokeni
     model = load_model(settings.model)
     problems = module_problems(settings.lora, model)
     problems += token_problems(tokenizer, corpus.highest_token, model)
+    problems += packing_problems(model) if args.packing else []
     problems += [] if lrsa is None else objective_problems(settings.objective, lrsa, model)
     if problems:
         raise SettingsError(problems)

@@ -8,7 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from launch.command_line import explain
+from tests.lrsa.models.build import build
 from tests.tiny_run import make_workplace
+from train.model import packing_problems
 from train.settings.load import load_settings
 
 SETTINGS = {
@@ -64,3 +66,11 @@ def test_a_warmup_that_never_ends_is_told(workplace, capsys):
         assert run_here(workplace, "train.max_steps=2", f"train.warmup_steps={warmup}") == 0
         banner = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert ("a warmup of 5 steps never reaches train.learning_rate in 2 steps" in banner) == told
+
+
+@pytest.mark.parametrize("kind", ["granitemoehybrid", "lfm2"])
+def test_packing_for_models_that_cannot_tell_documents_apart(kind):
+    model = build(kind)
+    (problem,) = packing_problems(model)
+    assert problem.field == "train.packing" and f"cannot be used with {kind}" in problem.text
+    assert packing_problems(build("llama")) == []
