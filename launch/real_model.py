@@ -109,7 +109,7 @@ def _from_gguf(file: Path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lrsa.base import BaseLoading
+    from lrsa.base_loading import BaseLoading
 
     if not file.is_file():
         raise ValueError(f"--gguf: there is no file {file}.")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from lrsa.base import BaseLoading
+from lrsa.base_loading import BaseLoading
 from lrsa.cache import LRSACache
 from lrsa.config import LRSAConfig
 from lrsa.hf import apply_lrsa, config_of

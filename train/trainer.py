@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from lrsa import LRSAConfig
 from lrsa.attention.sliding import held
-from lrsa.base import BaseLoading
+from lrsa.base_loading import BaseLoading
 from lrsa.hf import config_of, set_config, sliding_windows
 from train.objective import Objective, config_of_step
 from train.resume.checkpoints import replace_text

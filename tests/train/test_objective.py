@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from trl import SFTConfig
 
 from lrsa import LRSAConfig, apply_lrsa
-from lrsa.base import BaseLoading
+from lrsa.base_loading import BaseLoading
 from train.objective import Objective, config_of_step, objective_problems
 from train.settings.schema import ObjectiveSettings
 from train.trainer import LRSATrainer

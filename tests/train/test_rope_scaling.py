@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lrsa
 from launch.command_line import explain
-from lrsa.base import BaseLoading
+from lrsa.base_loading import BaseLoading
 from lrsa.evaluation import Results, evaluate_loss
 from tests.tiny_run import make_workplace
 from train.merge import merge

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import lrsa
 from data import DataSettings
-from lrsa.base import BaseLoading
+from lrsa.base_loading import BaseLoading
 from lrsa.evaluation import Results
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
 from lrsa.evaluation.report.tables import TITLES, TRAINING, measurements, setting_name

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrsa import LRSAConfig, PromptFormat
-from lrsa.base import BASE_NAME, BaseLoading
+from lrsa.base_loading import BASE_NAME, BaseLoading
 from lrsa.evaluation import Results
 from lrsa.prompt import PROMPT_NAME
 from train.adapter import ADAPTER_NAME, AdapterError, verify_adapter

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lrsa.attention.api import IMPLEMENTATIONS
-from lrsa.base import BaseLoading
+from lrsa.base_loading import BaseLoading
 
 Attention = Literal[("auto", *IMPLEMENTATIONS)]
 

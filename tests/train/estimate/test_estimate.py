@@ -22,7 +22,7 @@ from trl import SFTConfig
 
 from launch.command_line import explain
 from lrsa import LRSAConfig, apply_lrsa
-from lrsa.base import BaseLoading
+from lrsa.base_loading import BaseLoading
 from train.estimate import memory as memory_module
 from train.estimate.advice import helpful_changes
 from train.estimate.devices import DEVICES, this_device
