@@ -45,7 +45,7 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
         held = read_chats(records.evaluation, settings.columns, settings.evaluation_source, result.evaluation_dropped)
         held = [held[index] for index in chosen(len(held), settings.eval_rows, rng)]
         evaluation = builder.rows(held, result.evaluation_dropped)[: settings.eval_rows]
-        result.held = {form for forms in _subjects(held) for form in forms}
+        result.held = {form for forms in _subjects(held, chats) for form in forms}
     elsewhere = result.held | records.held
     kept = [chat for chat in chats if elsewhere.isdisjoint(subjects[id(chat)])]
     result.dropped[EVALUATED] += len(chats) - len(kept)
@@ -75,19 +75,25 @@ def _texts(chat: Chat | Completion) -> list[str]:
     )
 
 
-def _subjects(chats: Sequence[Chat | Completion]) -> list[set[str]]:
+def _subjects(chats: Sequence[Chat | Completion], train: Sequence[Chat | Completion] | None = None) -> list[set[str]]:
     """Of each chat what others about the same document share with it: the long lines of its first message.
 
-    A line that most chats have is an instruction, and says nothing; where no long line is left it is the whole message.
+    A line that most chats of `train` have (by default of these) is an instruction, and says nothing; where no long line
+    is left it is the whole message.
     """
-    firsts = [_texts(chat)[0] if isinstance(chat, Completion) else _first(chat) for chat in chats]
-    forms = [{form for line in first.split("\n") if len(form := normal_form(line)) >= LONG} for first in firsts]
-    number = Counter(form for lines in forms for form in lines)
-    told = {form for form, count in number.items() if count > max(len(chats) // 2, 8)}
-    return [lines - told or {normal_form(first)} for lines, first in zip(forms, firsts, strict=True)]
+    train = chats if train is None else train
+    number = Counter(form for chat in train for form in _long_lines(chat))
+    told = {form for form, count in number.items() if count > max(len(train) // 2, 8)}
+    return [_long_lines(chat) - told or {normal_form(_first(chat))} for chat in chats]
 
 
-def _first(chat: Chat) -> str:
+def _long_lines(chat: Chat | Completion) -> set[str]:
+    return {form for line in _first(chat).split("\n") if len(form := normal_form(line)) >= LONG}
+
+
+def _first(chat: Chat | Completion) -> str:
+    if isinstance(chat, Completion):
+        return _texts(chat)[0]
     return next((message["content"] for message in chat.messages if message["role"] == "user"), str(chat.messages))
 
 

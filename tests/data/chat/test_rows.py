@@ -180,6 +180,17 @@ def test_chats_about_one_document_are_on_one_side_of_the_split(tmp_path, chatml)
     assert ("0" in held) == ("7" in held)
 
 
+def test_one_document_that_all_held_out_chats_are_about_is_not_trained(tmp_path, chatml):
+    """A line of most evaluation chats is no instruction: only the training chats tell what is."""
+    about = "is about foxes, of which it says very many things that only this one document tells."
+    held = [chat(f"Document 1 {about}\nQuestion {n}?", f"answer {n}") for n in range(12)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(record) + "\n" for record in held))
+    train = [chat(f"Document {1 + n // 3} {about}\nWhat of {n}?", f"reply {n}") for n in range(9)]
+    path = str(tmp_path / "held.jsonl")
+    corpus = load(tmp_path, train, chatml, eval_path=path, eval_rows=12, context_length=800)
+    assert corpus.report.dropped == {EVALUATED: 3} and len(corpus.train) == 6
+
+
 def test_chats_that_are_cut_are_held_out_by_what_they_began_with(tmp_path, chatml):
     records = [chat(f"Number {n} " + "old " * 30, "old answer", f"Who {n}?", "Anna.") for n in range(12)]
     corpus = load(tmp_path, records, chatml, eval_rows=4, context_length=90, too_long="cut")
