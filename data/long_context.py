@@ -93,16 +93,19 @@ class LongContexts:
             found.append(Pieces(head_ids[head], tail, answer, self.context_length - needed))
         return found
 
-    def rows(
-        self, questions: Sequence[Question], pool: np.ndarray, rng: np.random.Generator, dropped: Counter
-    ) -> list[QuestionRow]:
-        """One row per question, filled with distractors; the answer is never cut.
+    def fitting(self, questions: Sequence[Question], dropped: Counter) -> list[Question]:
+        """The questions whose row fits without distractors; the others are counted in `dropped`."""
+        batches = [questions[start : start + _BATCH] for start in range(0, len(questions), _BATCH)]
+        rooms = [pieces.room for batch in batches for pieces in self.pieces(batch)]
+        found = [question for question, room in zip(questions, rooms, strict=True) if room >= 0]
+        dropped[TOO_LONG] += len(questions) - len(found)
+        return found
+
+    def rows(self, questions: Sequence[Question], pool: np.ndarray, rng: np.random.Generator) -> list[QuestionRow]:
+        """One row per question, all of which fit, filled with distractors; the answer is never cut.
 
         A question's own distractors come first, then passages of `pool` (their numbers) in random order, each at most
         once, as long as they fit whole. Then the passages are shuffled, or the gold ones put among the others in order.
-
-        Args:
-            dropped: counts the questions that do not fit even without distractors.
         """
         self.tokenize([*pool.tolist(), *(number for question in questions for number in question.own)])
         self.encoder.count(text for question in questions for text in (question.text, question.answers[0]))
@@ -110,9 +113,6 @@ class LongContexts:
         entries = (entry for batch in batches for entry in zip(batch, self.pieces(batch), strict=True))
         found = []
         for question, pieces in progress(entries, "building rows", total=len(questions)):
-            if pieces.room < 0:
-                dropped[TOO_LONG] += 1
-                continue
             others = self._distractors(question, pool, pieces.room, rng)
             if not question.pages if self.shuffle is None else self.shuffle:
                 order = [*question.gold, *others]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from data.duplicates import DistinctTexts, normal_form
 from data.encoding import Encoder
-from data.long_context import TOO_LONG, LongContexts, QuestionRow
+from data.long_context import LongContexts, QuestionRow
 from data.questions import Question, layout_of, read_questions, short_passages
-from data.rows import EVALUATED, NOT_CHOSEN, Records, Rows, chosen
+from data.rows import EVALUATED, EVALUATION_NOT_CHOSEN, NOT_CHOSEN, Records, Rows, drawn
 from data.settings import DataSettings
 from data.sources.files import DataError
 from lrsa import PromptFormat
@@ -37,17 +39,21 @@ def question_answering_rows(settings: DataSettings, tokenizer, seed: int, turn: 
     if evaluation is None:
         train, evaluation = _held_out(train, contexts, settings, rng, result)
     else:
-        evaluation = [evaluation[index] for index in chosen(len(evaluation), settings.eval_rows, rng)]
+        fitting = partial(contexts.fitting, dropped=result.evaluation_dropped)
+        evaluation, more = drawn(evaluation, settings.eval_rows, rng, fitting)
+        result.evaluation_dropped[EVALUATION_NOT_CHOSEN] += more
     held = {number for question in evaluation for number in question.gold}
     result.held = {normal_form(passages.texts[number]) for number in held}
     held |= {number for number, text in enumerate(passages.texts) if records.held and normal_form(text) in records.held}
     result.seen = {normal_form(text) for number, text in enumerate(passages.texts) if number not in held}
-    train = _without(train, held, settings.max_rows, rng, result)
+    train = _without(train, held, result)
+    train, more = drawn(train, settings.max_rows, rng, partial(contexts.fitting, dropped=result.dropped))
+    result.dropped[NOT_CHOSEN] += more
 
     pool = rng.permutation(len(passages.texts))[: _POOL if fill else 0]
     train_pool = np.asarray([number for number in pool.tolist() if number not in held], dtype=np.int64)
-    result.train = contexts.rows(train, train_pool, np.random.default_rng([seed, 1]), result.dropped)
-    rows = contexts.rows(evaluation, pool, np.random.default_rng([seed, 2]), result.evaluation_dropped)
+    result.train = contexts.rows(train, train_pool, np.random.default_rng([seed, 1]))
+    rows = contexts.rows(evaluation, pool, np.random.default_rng([seed, 2]))
     result.evaluation = [_evaluation_row(row, contexts) for row in rows]
     result.notes += _notes(contexts, (rows or result.train)[:_CHECKED]) + _passage_notes(result.train, passages, fill)
     return result
@@ -80,11 +86,12 @@ def _held_out(
         groups.setdefault(question.gold[0], []).append(question)
     held: list[Question] = []
     for passage in rng.permutation(list(groups))[: len(groups) // 2].tolist():
-        pairs = zip(groups[passage], contexts.pieces(groups[passage]), strict=True)
-        fitting = [question for question, pieces in pairs if pieces.room >= 0]
+        dropped: Counter = Counter()
+        fitting = contexts.fitting(groups[passage], dropped)
         if fitting and len(held) + len(fitting) <= settings.eval_rows:
             held += fitting
-            result.evaluation_dropped[TOO_LONG] += len(groups.pop(passage)) - len(fitting)
+            groups.pop(passage)
+            result.evaluation_dropped.update(dropped)
         if len(held) == settings.eval_rows:
             break
     if not held:
@@ -97,15 +104,11 @@ def _held_out(
     return [question for group in groups.values() for question in group], held
 
 
-def _without(
-    questions: list[Question], held: set[int], most: int | None, rng: np.random.Generator, result: Rows
-) -> list[Question]:
-    """At most `most` questions, without those on held-out passages, and without these passages as distractors."""
+def _without(questions: list[Question], held: set[int], result: Rows) -> list[Question]:
+    """The questions that are on no held-out passage, without these passages as distractors."""
     kept = [question for question in questions if held.isdisjoint(question.gold)]
     result.dropped[EVALUATED] += len(questions) - len(kept)
-    indices = chosen(len(kept), most, rng)
-    result.dropped[NOT_CHOSEN] += len(kept) - len(indices)
-    return [replace(kept[i], own=tuple(number for number in kept[i].own if number not in held)) for i in indices]
+    return [replace(one, own=tuple(number for number in one.own if number not in held)) for one in kept]
 
 
 def _evaluation_row(row: QuestionRow, contexts: LongContexts) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import datasets
@@ -114,3 +114,23 @@ def chosen(count: int, most: int | None, rng: np.random.Generator) -> list[int]:
     if most is None or most >= count:
         return list(range(count))
     return sorted(rng.choice(count, most, replace=False).tolist())
+
+
+def drawn(
+    items: Sequence, most: int | None, rng: np.random.Generator, make: Callable[[list], list]
+) -> tuple[list, int]:
+    """At most `most` rows, made of a random choice of `items`: of as many as it takes, where some make no row.
+
+    Args:
+        make: the rows of some of the items.
+
+    Returns:
+        the rows, and the number of items and rows that were not needed.
+    """
+    left, rows = list(items), []
+    while left and (most is None or len(rows) < most):
+        picked = chosen(len(left), None if most is None else most - len(rows), rng)
+        rows += make([left[index] for index in picked])
+        left = [left[index] for index in sorted(set(range(len(left))).difference(picked))]
+    taken = chosen(len(rows), most, rng)
+    return [rows[index] for index in taken], len(left) + len(rows) - len(taken)

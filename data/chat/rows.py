@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from data.chat.rendering import Rendered, Renderer, reasons
 from data.duplicates import DistinctTexts, normal_form
 from data.encoding import Encoder
 from data.progress import progress
-from data.rows import EVALUATED, NOT_CHOSEN, Records, Row, Rows, chosen
+from data.rows import EVALUATED, EVALUATION_NOT_CHOSEN, NOT_CHOSEN, Records, Row, Rows, drawn
 from data.settings import DataSettings
 from data.sources.files import DataError
 from lrsa import PromptFormat
@@ -43,19 +44,25 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
         result.held = {form for chat in held for form in subjects[id(chat)]}
     else:
         held = read_chats(records.evaluation, settings.columns, settings.evaluation_source, result.evaluation_dropped)
-        held = [held[index] for index in chosen(len(held), settings.eval_rows, rng)]
-        evaluation = builder.rows(held, result.evaluation_dropped)[: settings.eval_rows]
+        evaluation, more = drawn(
+            held, settings.eval_rows, rng, partial(builder.rows, dropped=result.evaluation_dropped)
+        )
+        result.evaluation_dropped[EVALUATION_NOT_CHOSEN] += more
+        numbers = {chat.number for chat, _, _ in evaluation}
+        held = [chat for chat in held if chat.number in numbers]
         result.held = {form for forms in _subjects(held, chats) for form in forms}
     elsewhere = result.held | records.held
     kept = [chat for chat in chats if elsewhere.isdisjoint(subjects[id(chat)])]
     result.dropped[EVALUATED] += len(chats) - len(kept)
-    train = [kept[index] for index in chosen(len(kept), settings.max_rows, rng)]
-    result.dropped[NOT_CHOSEN] += len(kept) - len(train)
-    result.seen = {form for chat in train for form in subjects[id(chat)]}
-    result.train = [row for _, _, row in builder.rows(train, result.dropped)]
-    builder.encoder.count(text for chat in train for text in _texts(chat))
+    result.seen = {form for chat in kept for form in subjects[id(chat)]}
+    train, more = drawn(kept, settings.max_rows, rng, partial(builder.rows, dropped=result.dropped))
+    result.dropped[NOT_CHOSEN] += more
+    result.train = [row for _, _, row in train]
+    builder.encoder.count(
+        text for chat in {chat.number: chat for chat, _, _ in train}.values() for text in _texts(chat)
+    )
     result.evaluation = [builder.evaluation_row(*entry) for entry in evaluation]
-    result.notes += builder.notes(len(train))
+    result.notes += builder.notes()
     result.prompt = builder.turn
     return result
 
@@ -242,7 +249,7 @@ class _Builder:
             "trained": row.trained.tolist(),
         }
 
-    def notes(self, chats: int) -> list[str]:
+    def notes(self) -> list[str]:
         """What is worth knowing about the rows, for the report."""
         notes = []
         if self.texts:

@@ -127,6 +127,8 @@ def test_questions_that_do_not_fit_are_dropped_and_counted(squad, byte_tokenizer
     corpus = load(squad, byte_tokenizer)
     assert corpus.report.dropped == {TOO_LONG: 15}
     assert len(corpus.evaluation) == 12 and len(corpus.train) == 35 * 3 - 12
+    assert len(load(squad, byte_tokenizer, eval_rows=0, max_rows=100).train) == 100, "they count towards neither limit"
+    assert len(load(squad, byte_tokenizer, eval_path=str(squad), eval_rows=40).evaluation) == 40
     with pytest.raises(data.DataError, match=r"no passage can be held out.*data.context_length = 40"):
         load(squad, byte_tokenizer, context_length=40)
     with pytest.raises(data.DataError, match=rf"no row to train on. Dropped: 120: {TOO_LONG}"):
