@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from data.encoding import Encoder
 from data.progress import progress
 from data.questions import Question
 from data.rows import Row
+from data.sources.files import DataError
 from lrsa import PromptFormat
 
 TOO_LONG = "gold passage, question and answer are longer than context_length"
@@ -29,11 +30,15 @@ class QuestionRow(Row):
 
 
 class Pieces(NamedTuple):
-    """Token ids of what every row of a question holds besides passages, and the tokens left for distractors."""
+    """Token ids of what every row of a question holds besides passages, and the tokens left for distractors.
+
+    `again` asks the question behind the answer of another one; empty where rows ask one question.
+    """
 
     head: np.ndarray
     tail: np.ndarray
     answer: np.ndarray
+    again: np.ndarray
     room: int
 
 
@@ -47,6 +52,10 @@ class LongContexts:
     Args:
         turn: what stands around the prompt and the answer.
         shuffle: whether the passages of a row are shuffled; None: unless they are pages, which stay together in order.
+        several: whether rows may ask several questions, one after the other.
+
+    Raises:
+        DataError: when rows may ask several questions, and a template cannot.
     """
 
     def __init__(
@@ -57,14 +66,27 @@ class LongContexts:
         passages: Sequence[str],
         context_length: int,
         shuffle: bool | None,
+        several: bool = False,
     ):
         self.encoder, self.passages, self.context_length = encoder, passages, context_length
-        self.shuffle = shuffle
+        self.shuffle, self.several = shuffle, several
         self.turn = turn
         head, after_context = template.split("{context}")
         tail = after_context.lstrip()
         self.separator = after_context[: len(after_context) - len(tail)]
         self.head, self.tail = encoder.markup(self.turn.before + head), encoder.markup(tail + self.turn.between)
+        self.again = ""
+        if several:
+            if "{question}" in head:
+                raise DataError(
+                    "data.prompt_template asks before the passages, so that a row cannot ask again: put {question} "
+                    "behind {context}, or set data.questions_per_row: 1."
+                )
+            try:
+                following = turn.next_turn(encoder.tokenizer, self.separator)
+            except ValueError as error:
+                raise DataError(str(error)) from error
+            self.again = encoder.markup(following) + self.tail
         self.ids: dict[int, np.ndarray] = {}
 
     def tokenize(self, numbers: Iterable[int]) -> None:
@@ -87,43 +109,63 @@ class LongContexts:
         after = self.encoder.markup(self.turn.after)
         answers = [self.turn.lead + question.answers[0] + after for question in questions]
         _, answer_ids = self.encoder.continued(tails, answers)
+        asked = [self.again.replace("{question}", question.text) for question in questions]
+        _, again_ids = self.encoder.continued([after * self.several] * len(asked), asked)
         found = []
-        for question, head, tail, answer in zip(questions, heads, tail_ids, answer_ids, strict=True):
+        for question, head, *ids in zip(questions, heads, tail_ids, answer_ids, again_ids, strict=True):
+            tail, answer, again = ids
             needed = len(head_ids[head]) + len(tail) + len(answer) + sum(len(self.ids[n]) for n in question.gold)
-            found.append(Pieces(head_ids[head], tail, answer, self.context_length - needed))
+            found.append(Pieces(head_ids[head], tail, answer, again, self.context_length - needed))
         return found
 
     def fitting(self, questions: Sequence[Question], dropped: Counter) -> list[Question]:
         """The questions whose row fits without distractors; the others are counted in `dropped`."""
-        batches = [questions[start : start + _BATCH] for start in range(0, len(questions), _BATCH)]
-        rooms = [pieces.room for batch in batches for pieces in self.pieces(batch)]
-        found = [question for question, room in zip(questions, rooms, strict=True) if room >= 0]
+        found = [question for question, pieces in self._with_pieces(questions) if pieces.room >= 0]
         dropped[TOO_LONG] += len(questions) - len(found)
         return found
 
-    def rows(self, questions: Sequence[Question], pool: np.ndarray, rng: np.random.Generator) -> list[QuestionRow]:
+    def rows(
+        self,
+        questions: Sequence[Question],
+        pool: np.ndarray,
+        rng: np.random.Generator,
+        further: Sequence[Question] = (),
+        most: int = 1,
+    ) -> list[QuestionRow]:
         """One row per question, all of which fit, filled with distractors; the answer is never cut.
 
         A question's own distractors come first, then passages of `pool` (their numbers) in random order, each at most
         once, as long as they fit whole. Then the passages are shuffled, or the gold ones put among the others in order.
+
+        Args:
+            further, most: a row asks up to `most` questions, all but its own drawn from `further`; they are about its
+                passages.
         """
         self.tokenize([*pool.tolist(), *(number for question in questions for number in question.own)])
-        self.encoder.count(text for question in questions for text in (question.text, question.answers[0]))
-        batches = [questions[start : start + _BATCH] for start in range(0, len(questions), _BATCH)]
-        entries = (entry for batch in batches for entry in zip(batch, self.pieces(batch), strict=True))
+        self.encoder.count(text for question in further or questions for text in (question.text, question.answers[0]))
+        more = _Further(list(self._with_pieces(further)), most - 1)
         found = []
-        for question, pieces in progress(entries, "building rows", total=len(questions)):
-            others = self._distractors(question, pool, pieces.room, rng)
+        for question, pieces in progress(self._with_pieces(questions), "building rows", total=len(questions)):
+            others = self._distractors(question, pool, max(pieces.room - more.tokens, 0), rng)
             if not question.pages if self.shuffle is None else self.shuffle:
                 order = [*question.gold, *others]
                 rng.shuffle(order)
             else:
                 place = int(rng.integers(len(others) + 1))
                 order = [*others[:place], *question.gold, *others[place:]]
-            ids = np.concatenate([pieces.head, *(self.ids[number] for number in order), pieces.tail, pieces.answer])
+            prompt = np.concatenate([pieces.head, *(self.ids[number] for number in order), pieces.tail])
+            room = self.context_length - len(prompt) - len(pieces.answer)
+            parts = [prompt, pieces.answer, *more.parts(question, order, room, rng)]
+            ids, lengths = np.concatenate(parts), [len(part) for part in parts]
             assert len(ids) <= self.context_length
-            found.append(QuestionRow(ids, len(ids) - len(pieces.answer), question, tuple(order)))
+            answers = np.repeat(np.arange(len(parts)) % 2 == 1, lengths)
+            found.append(QuestionRow(ids, len(prompt), question, tuple(order), answers=answers))
         return found
+
+    def _with_pieces(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Pieces]]:
+        for start in range(0, len(questions), _BATCH):
+            batch = questions[start : start + _BATCH]
+            yield from zip(batch, self.pieces(batch), strict=True)
 
     def text(self, row: QuestionRow) -> str:
         """The prompt of a row as text: what the row's prompt ids are made of, BOS or chat markup included."""
@@ -156,3 +198,32 @@ class LongContexts:
                 if misses == _MISSES:
                     break
         return chosen
+
+
+class _Further:
+    """Further questions of a row, each about passages that are in it.
+
+    Attributes:
+        tokens: what `most` of them take on average, to be left free of distractors.
+    """
+
+    def __init__(self, entries: Sequence[tuple[Question, Pieces]], most: int):
+        self.most, self.about = most, defaultdict(list)
+        for question, pieces in entries:
+            self.about[question.gold[0]].append((question, pieces))
+        lengths = [len(pieces.again) + len(pieces.answer) for _, pieces in entries]
+        self.tokens = most * round(sum(lengths) / max(len(lengths), 1))
+
+    def parts(
+        self, first: Question, passages: Sequence[int], room: int, rng: np.random.Generator
+    ) -> Iterator[np.ndarray]:
+        """Token ids of question, answer, question, answer, ... in random order, as many as fit into `room` tokens."""
+        present, left = set(passages), self.most
+        about = [entry for number in passages for entry in self.about[number]]
+        for place in rng.permutation(len(about)) if about else ():
+            question, pieces = about[place]
+            length = len(pieces.again) + len(pieces.answer)
+            if left and question != first and present.issuperset(question.gold) and length <= room:
+                yield pieces.again
+                yield pieces.answer
+                left, room = left - 1, room - length

@@ -33,8 +33,10 @@ def question_answering_rows(settings: DataSettings, tokenizer, seed: int, turn: 
     result = Rows(source=settings.origin)
     passages = DistinctTexts()
     train, evaluation, fill = _read(settings, records, passages, result)
-    template, shuffle = settings.prompt_template, settings.shuffle_passages
-    contexts = LongContexts(Encoder(tokenizer), turn, template, passages.texts, settings.context_length, shuffle)
+    contexts = LongContexts(
+        Encoder(tokenizer), turn, settings.prompt_template, passages.texts, settings.context_length,
+        settings.shuffle_passages, several=settings.questions_per_row > 1,
+    )  # fmt: skip
     rng = np.random.default_rng([seed, 0])
     if evaluation is None:
         train, evaluation = _held_out(train, contexts, settings, rng, result)
@@ -47,12 +49,14 @@ def question_answering_rows(settings: DataSettings, tokenizer, seed: int, turn: 
     held |= {number for number, text in enumerate(passages.texts) if records.held and normal_form(text) in records.held}
     result.seen = {normal_form(text) for number, text in enumerate(passages.texts) if number not in held}
     train = _without(train, held, result)
+    further = train if settings.questions_per_row > 1 else ()
     train, more = drawn(train, settings.max_rows, rng, partial(contexts.fitting, dropped=result.dropped))
     result.dropped[NOT_CHOSEN] += more
 
     pool = rng.permutation(len(passages.texts))[: _POOL if fill else 0]
     train_pool = np.asarray([number for number in pool.tolist() if number not in held], dtype=np.int64)
-    result.train = contexts.rows(train, train_pool, np.random.default_rng([seed, 1]))
+    train_rng = np.random.default_rng([seed, 1])
+    result.train = contexts.rows(train, train_pool, train_rng, further, settings.questions_per_row)
     rows = contexts.rows(evaluation, pool, np.random.default_rng([seed, 2]))
     result.evaluation = [_evaluation_row(row, contexts) for row in rows]
     result.notes += _notes(contexts, (rows or result.train)[:_CHECKED]) + _passage_notes(result.train, passages, fill)
@@ -140,6 +144,9 @@ def _passage_notes(rows: list[QuestionRow], passages: DistinctTexts, fill: bool)
         notes = [f"{added:.1f} passages of other records are added to a row on average (data.distractors: pool)"]
     else:
         notes = ["a row holds the context of its own record only (data.distractors: none)"]
+    if any(np.diff(row.trained, append=False).sum() > 2 for row in rows):
+        asked = sum(np.diff(row.trained, append=False).sum() / 2 for row in rows) / len(rows)
+        notes.append(f"a row to train on asks {asked:.1f} questions on average (data.questions_per_row)")
     if rows and all(row.question.pages and list(row.question.gold) == _in_row(row) for row in rows):
         notes.append("the texts of a context keep their order (data.shuffle_passages: false)")
     if passages.rewritten:

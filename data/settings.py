@@ -101,6 +101,12 @@ class SourceSettings(BaseModel):
         description="qa: put the passages of a row in random order. null: yes, unless a context is a list of texts "
         "without titles, such as pages, which then stay together in their order.",
     )
+    questions_per_row: int = Field(
+        1,
+        ge=1,
+        description="qa: maximum number of questions that a row to train on asks, one after the other, about its "
+        "passages. More teach more in the time of a row; rows to evaluate on ask one.",
+    )
     train_on: Literal["all", "last"] = Field(
         "all", description="chat: train on every answer of the assistant, or on the last one of each chat."
     )

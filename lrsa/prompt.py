@@ -53,7 +53,7 @@ class PromptFormat:
         """
         if not tokenizer.chat_template:
             return cls.plain(tokenizer)
-        before, between, after = _rendered(tokenizer)
+        before, between, after = _rendered(tokenizer, 1)
         prompt_end, after = between.rstrip(" "), after.rstrip() or tokenizer.eos_token or ""
         ids = tokenizer(after, add_special_tokens=False)["input_ids"]
         if ids and ids[-1] not in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}:
@@ -63,6 +63,29 @@ class PromptFormat:
                 f"{tokenizer.eos_token!r} (model.chat_template), or none for plain text."
             )
         return cls(before, prompt_end, between[len(prompt_end) :], after, ids[-1] if ids else None)
+
+    def next_turn(self, tokenizer, blank: str) -> str:
+        """What stands between the end of an answer (`after`) and the next question about the same text.
+
+        Args:
+            blank: what stands there without a chat template.
+
+        Raises:
+            ValueError: when the chat template writes earlier answers in another way than the last one.
+        """
+        if not tokenizer.chat_template:
+            return blank
+        before, *around, _ = _rendered(tokenizer, 2)
+        first, following, second = around
+        if (before, first, second) == (self.before, *[self.between + self.lead] * 2) and following.startswith(
+            self.after
+        ):
+            return following[len(self.after) :]
+        raise ValueError(
+            f"the tokenizer's chat template writes an earlier answer in another way ({first!r}, answer, {following!r}) "
+            f"than the last one ({second!r}, answer, {self.after!r}): set data.questions_per_row: 1, or "
+            "model.chat_template to a file without this."
+        )
 
     def prompt(self, text: str) -> str:
         """The whole prompt of a user's text."""
@@ -101,21 +124,21 @@ def chat_template(tokenizer, tools: list[dict] | None = None) -> str:
     return _NOW.sub(lambda found: json.dumps(_DATE.strftime(found[2])), template)
 
 
-def _rendered(tokenizer) -> tuple[str, str, str]:
-    """What the chat template writes before the user's text, from there up to the answer, and after the answer."""
+def _rendered(tokenizer, turns: int) -> list[str]:
+    """What the chat template writes before, between and after the texts of so many questions, each with its answer."""
+    marks = [mark + chr(ord("A") + turn) for turn in range(turns) for mark in (_USER, _ANSWER)]
     reason = ""
     for content_of in (str, lambda text: [{"type": "text", "text": text}]):  # models that see images want parts
         messages = [
-            {"role": "user", "content": content_of(_USER)},
-            {"role": "assistant", "content": content_of(_ANSWER)},
+            {"role": ("user", "assistant")[place % 2], "content": content_of(mark)} for place, mark in enumerate(marks)
         ]
         try:
             text = tokenizer.apply_chat_template(messages, chat_template=chat_template(tokenizer), tokenize=False)
         except Exception as error:  # a template is a program of the model's author: anything may come out of it
             reason = reason or f"cannot render a question and an answer: {error}"
             continue
-        if text.count(_USER) == 1 and text.count(_ANSWER) == 1 and text.index(_USER) < text.index(_ANSWER):
-            before, rest = text.split(_USER)
-            return before, *rest.split(_ANSWER)
+        around = re.split("|".join(marks), text)
+        if re.findall("|".join(marks), text) == marks:
+            return around
         reason = f"does not show a question and its answer once each: {text!r}"
     raise ValueError(f"the tokenizer's chat template {reason}")

@@ -91,7 +91,7 @@ def test_every_template_of_trl_is_rendered_once_and_used_everywhere(path, byte_t
     """What rows are trained on is what the stored format gives to a card's sample, whatever the template adds."""
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = path.read_text()
-    *_, after = _rendered(tokenizer)
+    *_, after = _rendered(tokenizer, 1)
     tokenizer.add_special_tokens({"extra_special_tokens": [after.split()[-1]] if after.strip() else []})
     made = PromptFormat.of(tokenizer)
     assert made.end in (tokenizer.convert_tokens_to_ids(made.after.split()[-1]), tokenizer.eos_token_id)
@@ -119,7 +119,7 @@ def test_there_are_templates_of_trl_in_which_generation_begins_elsewhere(byte_to
     for path in trl_templates():
         tokenizer = copy.deepcopy(byte_tokenizer)
         tokenizer.chat_template = path.read_text()
-        before, between, _ = _rendered(tokenizer)
+        before, between, _ = _rendered(tokenizer, 1)
         for content in ("Q", [{"type": "text", "text": "Q"}]):
             try:
                 messages = [{"role": "user", "content": content}]
