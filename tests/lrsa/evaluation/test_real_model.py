@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 def passkeys(length: int, count: int) -> tuple:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    return tokenizer, needles.passkey_rows(tokenizer, PromptFormat.of(tokenizer), length, (0.2, 0.5), count, digits=5)
+    return tokenizer, needles.passkey_rows(tokenizer, PromptFormat.of(tokenizer), length, (0.2, 0.5), count, digits=16)
 
 
 def test_first_layers_are_measured():
@@ -40,6 +40,7 @@ def test_compression_costs_the_whole_model_its_passkeys():
     model = AutoModelForCausalLM.from_pretrained(FOLDER).eval()
     tokenizer, rows = passkeys(512, 2)
     found = study(model, tokenizer, rows, "retrieval", CONFIG, (), metric="loss", progress=False)
-    assert found.score(found.models[-1], metric="token_accuracy").value > 0.9
+    # All digits but the first, and not the end: the model would answer with a sentence.
+    assert found.score(found.models[-1], metric="token_accuracy").value > 0.8
     for name in found.models:
-        assert found.score(name, "1/8", "token_accuracy").value < 0.8
+        assert found.score(name, "1/8", "token_accuracy").value < 0.4
