@@ -97,8 +97,6 @@ def test_selective_checkpointing_keeps_the_output(impl, module, function, monkey
         ("attention", "--lengths 64 128 --settings 16:4 --heads 4/2 --head-dim 8", ["attention.json", "attention.png"]),
         ("step", "--lengths 64 128 --setting 16:4 --layers 1", ["step.json"]),
         ("serving", "--cells 1x64 2x128 --decode 9 --setting 16:4 --layers 1", ["serving.json", "serving.png"]),
-        ("batches", "--batches 3x64 --setting 16:4 --heads 4/2 --head-dim 8", ["batches.md"]),
-        ("packing", "--documents 24 --context 256 --median 60 --rows 2 --setting 16:4 --layers 1", ["packing.md"]),
     ],
 )
 def test_benchmarks_run(script, options, files, tmp_path):
