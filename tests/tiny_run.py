@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
+import runpy
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,6 +65,25 @@ def make_workplace(directory: Path, tokenizer, settings: dict = SETTINGS) -> Pat
 def launch(workplace: Path, *command: str) -> subprocess.CompletedProcess:
     """A command as a user would give it in `workplace`."""
     return subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def launch_here(workplace: Path, script: str, *options: str) -> subprocess.CompletedProcess:
+    """A script of this checkout with its options, in this process: to import the libraries takes longer than a run."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as output,
+        contextlib.redirect_stderr(io.StringIO()) as errors,
+    ):
+        patch.chdir(workplace)
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", [script, *options])
+        patch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path[1:]])  # as `python script` has it
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+    return subprocess.CompletedProcess([script, *options], status, output.getvalue(), errors.getvalue())
 
 
 def log_of(directory: Path) -> list[dict]:

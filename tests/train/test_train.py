@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from launch.command_line import explain
 from lrsa import LRSAConfig
 from lrsa.attention import api
-from tests.tiny_run import ROOT, launch, log_of, make_workplace
+from tests.tiny_run import ROOT, launch, launch_here, log_of, make_workplace
 from train.settings.load import load_settings
 from train.trainer import kept_tokens
 
@@ -247,11 +247,9 @@ def test_what_was_measured_goes_when_training_goes_on(workplace, finished, capsy
 
 def test_a_finished_run_is_evaluated_again(workplace, finished):
     before = (finished[0] / "results.json").read_bytes()
-    script, out = str(ROOT / "launch" / "evaluate.py"), workplace / "again"
-    done = launch(
-        *(workplace, sys.executable, script, "--run", str(finished[0])),
-        *("--keep-ratios", "1/2,1/8", "--rows", "3", "--out", str(out)),
-    )
+    out = workplace / "again"
+    options = ["--run", str(finished[0]), "--keep-ratios", "1/2,1/8", "--rows", "3", "--out", str(out)]
+    done = launch_here(workplace, "launch/evaluate.py", *options)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())
     assert results["rows"]["n"] == 3 and "dense-LoRA" in done.stdout and "keep 1/8" in done.stdout
@@ -259,8 +257,8 @@ def test_a_finished_run_is_evaluated_again(workplace, finished):
 
 
 def test_mistakes_of_the_command_line_end_with_one_message(workplace):
-    script = str(ROOT / "launch" / "train.py")
-    done = launch(workplace, sys.executable, script, "--config", "run.yaml", "--set", "lrsa.top_k=9", "lora.rr=1")
+    options = ["--config", "run.yaml", "--set", "lrsa.top_k=9", "lora.rr=1"]
+    done = launch_here(workplace, "launch/train.py", *options)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines() == [
         "--set lrsa.top_k must be between 1 and lag_size (8), got 9: lower top_k or raise lag_size.",

@@ -3,9 +3,6 @@
 import argparse
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +13,9 @@ from launch.kept_tokens import show
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, select_tokens
 from lrsa.cache import CACHE_ARGUMENT
 from lrsa.evaluation.report.kept_tokens import draw_kept_tokens, kept_tokens, near, read_passage, write_page
+from tests.tiny_run import ROOT, launch_here
 
 CONFIG = LRSAConfig(3, 8, 2, skip_layers=(1,))
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -111,8 +108,7 @@ def test_command(tmp_path):
         json.dumps({"text": "no"}) + "\n" + json.dumps({"text": "the code " + "house river amber 4 . " * 30})
     )
     options = f"--model data/tiny_base --text {text} --out {out} --sink-size 2 --lag-size 8 --top-k 2 --tokens 90"
-    command = [sys.executable, "launch/kept_tokens.py", *options.split(), "--start", "house"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = launch_here(ROOT, "launch/kept_tokens.py", *options.split(), "--start", "house")
     assert found.returncode == 0, found.stderr
     assert "90 tokens, sink 2, lag 8, top_k 2" in found.stdout
     words = re.findall(r"of 6\">([^<]*)<", (out / "kept_tokens.html").read_text())

@@ -7,8 +7,6 @@ import dataclasses
 import gc
 import json
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from trl import SFTConfig
 from launch.command_line import explain
 from lrsa import LRSAConfig, apply_lrsa
 from lrsa.base_loading import BaseLoading
+from tests.tiny_run import ROOT, launch_here
 from train.estimate import memory as memory_module
 from train.estimate.advice import helpful_changes
 from train.estimate.devices import DEVICES, this_device
@@ -32,7 +31,6 @@ from train.settings.load import load_settings
 from train.settings.schema import ObjectiveSettings
 from train.trainer import LRSATrainer
 
-ROOT = Path(__file__).resolve().parents[3]
 LRSA = LRSAConfig(sink_size=16, lag_size=128, top_k=32)
 TOKENS, VOCABULARY = 2048, 1000
 QWEN_7B = Qwen2Config(
@@ -192,8 +190,7 @@ def test_the_command_says_what_fits_and_what_to_change(qwen, tmp_path, capsys):
 def test_the_exit_status_of_a_run_that_does_not_fit(qwen):
     changes = [f"model.name_or_path={qwen}", "data.context_length=1048576"]
     arguments = ["--config", "qa.yaml", "--gpus", "8", "--device", "h100", "--set", *changes]
-    command = [sys.executable, str(ROOT / "launch" / "estimate.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = launch_here(ROOT, "launch/estimate.py", *arguments)
     assert done.returncode == 3, done.stderr
     assert "It does not fit" in done.stdout and "parallel.sp_size=2: " in done.stdout
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
-from tests.tiny_run import ROOT, launch, make_workplace
+from tests.tiny_run import launch_here, make_workplace
 from train.experiments.arms import load_experiment, settings_of
 from train.settings.errors import SettingsError
 from train.settings.sources import to_yaml
@@ -35,8 +34,8 @@ def workplace(tmp_path, byte_tokenizer, monkeypatch):
 
 
 def test_arms_are_trained_once_and_compared_row_by_row(workplace):
-    command = [sys.executable, str(ROOT / "launch" / "experiment.py"), "--config", "compare.yaml", "--jobs", "2"]
-    done = launch(workplace, *command)
+    command = ["launch/experiment.py", "--config", "compare.yaml", "--jobs", "2"]
+    done = launch_here(workplace, *command)
     assert done.returncode == 0, done.stderr
     directory = workplace / "runs" / "compared"
     adapters = {arm: directory / arm / "seed-3" / "adapter_model.safetensors" for arm in ARMS}
@@ -58,17 +57,17 @@ def test_arms_are_trained_once_and_compared_row_by_row(workplace):
     assert (directory / "curves.png").stat().st_size > 5000
 
     adapters["dense"].unlink()
-    assert launch(workplace, *command).returncode == 0
+    assert launch_here(workplace, *command).returncode == 0
     assert adapters["default"].stat().st_mtime_ns == before["default"], "a finished run is not trained again"
     assert adapters["dense"].is_file()
 
 
 def test_a_run_that_fails_is_told_with_what_it_printed(workplace):
     (workplace / "held_out.jsonl").write_text("no json\n")
-    command = [sys.executable, str(ROOT / "launch" / "experiment.py"), "--config", "compare.yaml", "--jobs", "2"]
-    done = launch(workplace, *command)
+    (workplace / "compare.yaml").write_text(to_yaml(EXPERIMENT | {"arms": {"dense": ARMS["dense"]}}))
+    done = launch_here(workplace, "launch/experiment.py", "--config", "compare.yaml")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "runs/compared/default/seed-3" in done.stderr and "held_out.jsonl" in done.stderr
+    assert "runs/compared/dense/seed-3" in done.stderr and "held_out.jsonl" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
 """A run goes on with the rows that it began with, or not at all."""
 
 import json
-import sys
 
 import pytest
 
-from tests.tiny_run import ROOT, SETTINGS, launch, make_workplace
+from tests.tiny_run import SETTINGS, launch_here, make_workplace
 
 OPTIONS = ("data.eval_path=null", "data.eval_rows=3", "eval.control=false", "train.max_steps=4", "train.output_dir=run")
 
@@ -19,8 +18,7 @@ def workplace(tmp_path_factory, byte_tokenizer):
 
 
 def train(place, *options):
-    script = str(ROOT / "launch" / "train.py")
-    return launch(place, sys.executable, script, "--config", "run.yaml", *options, "--set", *OPTIONS)
+    return launch_here(place, "launch/train.py", "--config", "run.yaml", *options, "--set", *OPTIONS)
 
 
 def state(place):
@@ -55,11 +53,10 @@ def test_a_changed_tokenizer_is_not_gone_on_with(workplace):
 def test_evaluation_of_other_rows_is_told(workplace):
     path = workplace / "text.jsonl"
     original = path.read_text()
-    script = str(ROOT / "launch" / "evaluate.py")
-    command = (sys.executable, script, "--run", "run", "--out", "elsewhere", "--keep-ratios", "0.5")
-    done = launch(workplace, *command)
+    command = ("launch/evaluate.py", "--run", "run", "--out", "elsewhere", "--keep-ratios", "0.5")
+    done = launch_here(workplace, *command)
     assert done.returncode == 0 and "warning" not in done.stderr
     path.write_text("".join(original.splitlines(keepends=True)[4:]))
-    done = launch(workplace, *command)
+    done = launch_here(workplace, *command)
     path.write_text(original)
     assert done.returncode == 0 and "some rows may have been trained on" in " ".join(done.stderr.split())
