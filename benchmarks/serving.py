@@ -8,12 +8,11 @@ token; decoding is greedy, one forward per token, as `generate` does it. Every r
 other; ratios are taken within a round, and their median, lowest and highest are reported. Bytes are those of the
 tensors that the cache holds when decoding ends, spare room included; peak memory is that of prompt and decoding beyond
 the weights. The shapes are those of real models, the weights random, so nothing is downloaded. Needs torch and
-transformers only; the picture needs matplotlib and is left out without it.
+transformers only.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import sys
 from pathlib import Path
@@ -101,44 +100,12 @@ def table(rows: list[dict]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Speed against the full cache, and the memory of both, over prompt length."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    first, decode, memory = figure.subplots(1, 3)
-    lengths = sorted({r["length"] for r in rows})
-    for number, batch in enumerate(sorted({r["rows"] for r in rows})):
-        cells = sorted((r for r in rows if r["rows"] == batch), key=lambda r: r["length"])
-        places, colour, label = [r["length"] for r in cells], f"C{number}", f"{batch} row{'s' * (batch > 1)}"
-        for axis, key in ((first, "first_token"), (decode, "decode")):
-            low, high = ([r[key][end] for r in cells] for end in ("lowest", "highest"))
-            axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-            axis.plot(places, [r[key]["ratio"] for r in cells], color=colour, marker="o", label=label)
-        for side, style in zip(SIDES, ("--", "-"), strict=True):
-            mebibytes = [r[side]["cache_bytes"] / 2**20 for r in cells]
-            memory.plot(places, mebibytes, style, color=colour, marker="o", label=f"{label}, {side}")
-    for axis in (first, decode):
-        axis.axhline(1, color="#555555", linewidth=1)
-    memory.set_yscale("log", base=2)
-    memory.yaxis.set_major_formatter(ScalarFormatter())
-    titles = ("time to first token, times faster", "decoding, times faster", "cache, MiB")
-    for axis, title in zip((first, decode, memory), titles, strict=True):
-        axis.set(xscale="log", xlabel="tokens of a prompt", title=title)
-        axis.set_xticks(lengths, [f"{n / 1024:g}k" for n in lengths])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     cells = ["1x2048", "1x4096", "1x8192", "8x2048", "8x4096"]
     if ON_GPU:
         cells = ["1x2048", "1x4096", "1x8192", "1x16384", "1x32768", "8x2048", "8x8192", "8x32768"]
     parser = parser_of(
-        __doc__, "serving.json, serving.md, serving.png", rounds=3, setting="128:32",
+        __doc__, "serving.json and serving.md", rounds=3, setting="128:32",
         dtype="bfloat16" if ON_GPU else "float32",
     )  # fmt: skip
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b" if ON_GPU else "small")
@@ -154,8 +121,6 @@ def main() -> None:
         print(table(rows).splitlines()[-1], flush=True)
     text = f"{table(rows)}\n{losses(rows)}"
     save(options, "serving", rows, text)
-    if importlib.util.find_spec("matplotlib"):
-        draw(rows, options.out / "serving.png")
     print(f"\n{machine(options.device)}, torch {torch.__version__}, {options.shape}, lag:top_k {options.setting}")
     print(text)
 
