@@ -14,7 +14,7 @@ PATIENCE = 20  # seconds
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of a script; only the first process prints.
+    """The options of a script; only the first process prints. Make it before torch and transformers are imported.
 
     Args:
         script: its name in `launch/`.
@@ -27,6 +27,7 @@ class Parser(argparse.ArgumentParser):
             prog=f"launch/{script}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )  # fmt: skip
+        environment.prepare()
         self._settings = settings
         # The DeepSpeed launcher appends it; accelerate reads the number from the environment.
         self.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)

@@ -20,13 +20,11 @@ TOO_LARGE = 3
 def main() -> int:
     # As a script, launch/ comes first on the path; the packages train and data lie one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.distributed import environment
-
-    environment.prepare()
     from launch.command_line import Parser, explain, run_settings
-    from train.estimate.devices import DEVICES
 
     parser = Parser("estimate.py", __doc__, run_settings)
+    from train.estimate.devices import DEVICES
+
     parser.add_argument(
         "--config", required=True, help="a YAML file, also looked up in configs/; .yaml may be left out"
     )

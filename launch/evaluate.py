@@ -28,10 +28,8 @@ from pathlib import Path
 def main() -> int:
     # As a script, launch/ comes first on the path; the packages train and data lie one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.distributed import environment
-
-    environment.prepare()
     from launch.command_line import Parser, explain, run_settings
+    from train.distributed import environment
 
     parser = Parser("evaluate.py", __doc__, run_settings)
     what = parser.add_mutually_exclusive_group(required=True)

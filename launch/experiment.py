@@ -17,9 +17,6 @@ from pathlib import Path
 
 def main() -> int:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.distributed import environment
-
-    environment.prepare()
     from launch.command_line import Parser, explain
 
     parser = Parser("experiment.py", __doc__, _settings)

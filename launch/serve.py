@@ -22,9 +22,6 @@ from pathlib import Path
 def main() -> int:
     # As a script, launch/ comes first on the path; the package lrsa lies one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.distributed import environment
-
-    environment.prepare()
     from launch.command_line import Parser, explain
 
     parser = Parser("serve.py", __doc__)

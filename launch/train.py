@@ -26,9 +26,6 @@ from pathlib import Path
 def main() -> int:
     # As a script, launch/ comes first on the path, where this file would hide the package `train`.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.distributed import environment
-
-    environment.prepare()
     from launch.command_line import Parser, explain, run_settings
 
     parser = Parser("train.py", __doc__, run_settings)
