@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tests.tiny_run import save_model
 from tests.train.publish.hub_server import TOKEN, LocalHub
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -93,19 +94,7 @@ def tiny_run(tmp_path_factory, byte_tokenizer) -> Path:
     from train.settings.load import load_settings
 
     directory = tmp_path_factory.mktemp("work")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(byte_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory / "base")
-    byte_tokenizer.save_pretrained(directory / "base")
+    save_model(directory / "base", byte_tokenizer, positions=256)
     rng = random.Random(0)
     words = [" ".join(rng.choices(["river", "fox", "Anna", "3", "dog"], k=rng.randint(12, 24))) for _ in range(12)]
     (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))

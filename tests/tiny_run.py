@@ -35,11 +35,26 @@ SETTINGS = {
 }
 
 
+# For runs of which the beginning is looked at.
+ONE_STEP = {name: SETTINGS[name] for name in ("model", "lrsa", "data")}
+ONE_STEP |= {"train": {"output_dir": "run", "max_steps": 1, "use_cpu": True}, "eval": {"enabled": False}}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
 def make_workplace(directory: Path, tokenizer, settings: dict = SETTINGS) -> Path:
     """Fill `directory`; one epoch over its documents is four steps."""
+    save_model(directory / "model", tokenizer, positions=128)
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(["river", "fox", "Anna", "3", "dog"], k=rng.randint(4, 24))) for _ in range(20)]
+    rows = [json.dumps({"text": text}) + "\n" for text in documents]
+    (directory / "text.jsonl").write_text("".join(rows[:16]))
+    (directory / "held_out.jsonl").write_text("".join(rows[16:]))
+    (directory / "run.yaml").write_text(json.dumps(settings))
+    return directory
+
+
+def save_model(directory: Path, tokenizer, positions: int) -> None:
+    """A random Llama of two layers with its tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -48,18 +63,22 @@ def make_workplace(directory: Path, tokenizer, settings: dict = SETTINGS) -> Pat
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
-    rng = random.Random(0)
-    documents = [" ".join(rng.choices(["river", "fox", "Anna", "3", "dog"], k=rng.randint(4, 24))) for _ in range(20)]
-    rows = [json.dumps({"text": text}) + "\n" for text in documents]
-    (directory / "text.jsonl").write_text("".join(rows[:16]))
-    (directory / "held_out.jsonl").write_text("".join(rows[16:]))
-    (directory / "run.yaml").write_text(json.dumps(settings))
-    return directory
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def run_here(workplace: Path, *overrides: str, config: str = "run.yaml", **options) -> int:
+    """A run in this process; returns the exit status."""
+    from launch.command_line import explain
+    from train.run import run
+    from train.settings.load import load_settings
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        return explain(lambda: run(load_settings(config, list(overrides)), **options))
 
 
 def launch(workplace: Path, *command: str) -> subprocess.CompletedProcess:

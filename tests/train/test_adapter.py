@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lrsa
-from launch.command_line import explain
+from tests import tiny_run
 from tests.tiny_run import log_of, make_workplace
 from train.adapter import AdapterError, continued, lora_config, start_from, verify_adapter
 from train.settings.load import load_settings
@@ -29,19 +30,14 @@ FIRST = ["train.output_dir=first", "lora.r=4", "lora.use_rslora=true", "train.le
 CONTINUED = ["lora.init_from=first", "train.learning_rate=1e-12", "train.max_steps=1"]
 
 
+run_here = partial(tiny_run.run_here, overwrite=True)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, byte_tokenizer) -> Path:
     directory = make_workplace(tmp_path_factory.mktemp("work"), byte_tokenizer, SETTINGS)
     assert run_here(directory, *FIRST) == 0
     return directory
-
-
-def run_here(workplace: Path, *overrides: str) -> int:
-    from train.run import run
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        return explain(lambda: run(load_settings("run.yaml", list(overrides)), overwrite=True))
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -10,11 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from data import mixture
-from launch.command_line import explain
 from lrsa import PromptFormat
 from tests.data.chat.test_rows import CHATML, chat, with_template
-from tests.tiny_run import SETTINGS, log_of, make_workplace
-from train.run import run
+from tests.tiny_run import SETTINGS, log_of, make_workplace, run_here
 from train.settings.load import load_settings
 
 
@@ -30,13 +28,6 @@ def workplace(tmp_path_factory, byte_tokenizer):
         lines = [json.dumps(record) + "\n" for record in records[part::2]]
         (place / f"chats-{part}.jsonl").write_text("".join(lines))
     return place
-
-
-def run_here(workplace, *overrides, config="run.yaml", **options) -> int:
-    """What launch/train.py does, in this process; returns the exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        return explain(lambda: run(load_settings(config, list(overrides)), **options))
 
 
 def test_a_run_on_chats(workplace):

@@ -14,10 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import lrsa
-from launch.command_line import explain
 from lrsa.evaluation.report.pictures import _losses
-from tests.tiny_run import ENVIRONMENT, ROOT, make_workplace
-from train.settings.load import load_settings
+from tests.tiny_run import ENVIRONMENT, ROOT, make_workplace, run_here
 
 SETTINGS = {
     "model": {"name_or_path": "model"},
@@ -37,14 +35,6 @@ def workplace(tmp_path_factory, byte_tokenizer) -> Path:
     directory = make_workplace(tmp_path_factory.mktemp("work"), byte_tokenizer, SETTINGS)
     assert run_here(directory) == 0
     return directory
-
-
-def run_here(workplace: Path, *overrides: str, **options) -> int:
-    from train.run import run
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        return explain(lambda: run(load_settings("run.yaml", list(overrides)), **options))
 
 
 def held_out(run: Path) -> list[dict]:

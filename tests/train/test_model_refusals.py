@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from launch.command_line import explain
+from tests import tiny_run
 from tests.lrsa.models.build import build
-from tests.tiny_run import make_workplace
+from tests.tiny_run import ONE_STEP, make_workplace
 from train.model import packing_problems
-from train.settings.load import load_settings
 
-SETTINGS = {
-    "model": {"name_or_path": "model"},
-    "lrsa": {"sink_size": 4, "lag_size": 8, "top_k": 2},
-    "data": {"kind": "text", "path": "text.jsonl", "eval_path": "held_out.jsonl", "context_length": 96},
-    "train": {"output_dir": "run", "max_steps": 1, "use_cpu": True},
-    "eval": {"enabled": False},
-}
+run_here = partial(tiny_run.run_here, overwrite=True)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, byte_tokenizer) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("work"), byte_tokenizer, SETTINGS)
-
-
-def run_here(workplace: Path, *overrides: str) -> int:
-    from train.run import run
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        return explain(lambda: run(load_settings("run.yaml", list(overrides)), overwrite=True))
+    return make_workplace(tmp_path_factory.mktemp("work"), byte_tokenizer, ONE_STEP)
 
 
 def test_every_target_module_must_exist(workplace, capsys):

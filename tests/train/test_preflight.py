@@ -10,32 +10,19 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from launch.command_line import explain
-from tests.tiny_run import make_workplace
-from train.settings.load import load_settings
+from tests.tiny_run import ONE_STEP, make_workplace, run_here
 
-SETTINGS = {
-    "model": {"name_or_path": "model"},
-    "lrsa": {"sink_size": 4, "lag_size": 8, "top_k": 2},
-    "data": {"kind": "text", "path": "text.jsonl", "eval_path": "held_out.jsonl", "context_length": 96},
-    "train": {"output_dir": "run", "max_steps": 1, "use_cpu": True},
-    "eval": {"enabled": False},
-}
 WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, byte_tokenizer) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("work"), byte_tokenizer, SETTINGS)
+    return make_workplace(tmp_path_factory.mktemp("work"), byte_tokenizer, ONE_STEP)
 
 
 def refused(workplace: Path, capsys, *overrides: str) -> str:
     """The message of a run that is refused before its data are built."""
-    from train.run import run
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        assert explain(lambda: run(load_settings("run.yaml", list(overrides)), overwrite=True)) == 2
+    assert run_here(workplace, *overrides, overwrite=True) == 2
     told = capsys.readouterr()
     assert "Data:" not in told.out and not (workplace / "run").exists()
     return told.err.rpartition("\n\n")[2].strip()

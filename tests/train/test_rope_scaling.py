@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lrsa
-from launch.command_line import explain
 from lrsa.base_loading import BaseLoading
 from lrsa.evaluation import Results, evaluate_loss
+from tests import tiny_run
 from tests.tiny_run import make_workplace
 from train.merge import merge
 from train.publish.prepare import read_run, write_folder
-from train.settings.load import load_settings
 
 YARN = {"rope_type": "yarn", "factor": 4}
 SETTINGS = {
@@ -29,6 +29,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
+run_here = partial(tiny_run.run_here, overwrite=True)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, byte_tokenizer) -> Path:
     """The model has 24 positions, most rows more."""
@@ -37,14 +40,6 @@ def workplace(tmp_path_factory, byte_tokenizer) -> Path:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 24}))
     assert run_here(directory) == 0
     return directory
-
-
-def run_here(workplace: Path, *overrides: str) -> int:
-    from train.run import run
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        return explain(lambda: run(load_settings("run.yaml", list(overrides)), overwrite=True))
 
 
 def scaled(workplace: Path):

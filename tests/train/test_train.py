@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.command_line import explain
 from lrsa import LRSAConfig
 from lrsa.attention import api
-from tests.tiny_run import ROOT, launch, launch_here, log_of, make_workplace
+from tests.tiny_run import ROOT, launch, launch_here, log_of, make_workplace, run_here
 from train.settings.load import load_settings
 from train.trainer import kept_tokens
 
@@ -51,15 +50,6 @@ def finished(workplace) -> tuple[Path, str]:
     done = launch(workplace, sys.executable, str(ROOT / "launch" / "train.py"), "--config", "run.yaml")
     assert done.returncode == 0, done.stderr
     return workplace / "runs" / "first", done.stdout
-
-
-def run_here(workplace: Path, *overrides: str, **options) -> int:
-    """The same in this process; returns the exit status."""
-    from train.run import run
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        return explain(lambda: run(load_settings("run.yaml", list(overrides)), **options))
 
 
 def test_a_run_leaves_everything_behind(finished):

@@ -9,10 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.command_line import explain
 from lrsa.attention import documents
-from tests.tiny_run import make_workplace
-from train.settings.load import load_settings
+from tests.tiny_run import make_workplace, run_here
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +20,9 @@ def step(tmp_path_factory, byte_tokenizer):
     torch.set_num_threads(1)
 
     def take(name: str, *overrides: str) -> tuple[dict, torch.Tensor]:
-        from train.run import run
-
         settings = ["lora.lora_dropout=0", "eval.control=false", "train.save_strategy=no"]
         settings += ["train.max_steps=1", "train.logging_steps=1", f"train.output_dir={name}", *overrides]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(workplace)
-            assert explain(lambda: run(load_settings("run.yaml", settings))) == 0
+        assert run_here(workplace, *settings) == 0
         line = json.loads((workplace / name / "log.jsonl").read_text().splitlines()[0])
         tensors = load_file(Path(workplace / name / "adapter_model.safetensors"))
         return line, torch.cat([tensors[name].flatten() for name in sorted(tensors)])

@@ -13,12 +13,11 @@ import pytest
 import torch
 from filelock import FileLock
 
-from launch.command_line import explain
+from tests import tiny_run
 from tests.tiny_run import make_workplace
 from tests.train.resume.launched import assert_same, lines, start, step_of, wait_until
 from train.resume.checkpoints import checkpoints, damage
 from train.resume.time_limit import TimeLimit
-from train.settings.load import load_settings
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +35,8 @@ def undisturbed(workplace) -> Path:
 
 def run_here(workplace: Path, name: str, *overrides: str, **options) -> int:
     """A run in this process; returns the exit status."""
-    from train.run import run
-
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        settings = [f"train.output_dir={name}", *overrides]
-        return explain(lambda: run(load_settings("run.yaml", settings), **options))
+    return tiny_run.run_here(workplace, f"train.output_dir={name}", *overrides, **options)
 
 
 def test_killed_while_a_checkpoint_is_written(workplace, undisturbed, capsys):
