@@ -55,6 +55,11 @@ def read_questions(
     Raises:
         DataError: a missing column, or a record that does not fit the layout.
     """
+    if layout == "squad" and columns:
+        told = ", ".join(columns)
+        raise DataError(
+            f"{source}: data.columns {told}: articles in SQuAD's layout have no such columns: leave it out."
+        )
     names = [] if layout == "squad" else columns_of(records, ("question", "context", "answers"), columns, source, "qa")
     entries_of = {"squad": _squad, "hotpotqa": _hotpotqa, "generic": _generic}[layout]
     found = []

@@ -13,10 +13,14 @@ DEFAULT_TEMPLATE = (
     "Question: {question}\nAnswer:"
 )
 Paths = Annotated[list[str], Field(min_length=1)]
-COLUMNS = (
-    *("question", "context", "answers", "text"),
-    *("messages", "role", "content", "prompt", "completion", "instruction", "input", "output", "system", "tools"),
-)
+COLUMNS = {
+    "qa": ("question", "context", "answers"),
+    "text": ("text",),
+    "chat": (
+        *("messages", "role", "content", "prompt", "completion"),
+        *("instruction", "input", "output", "system", "tools"),
+    ),
+}
 KINDS = Literal["qa", "chat", "text", "synthetic"]
 
 
@@ -157,12 +161,14 @@ class SourceSettings(BaseModel):
 
     @field_validator("columns")
     @classmethod
-    def _columns_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
-        unknown = [name for name in columns if name not in COLUMNS]
-        if unknown:
+    def _columns_are_known(cls, columns: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        kind = info.data.get("kind")
+        known = COLUMNS.get(kind, ())
+        unknown = [name for name in columns if name not in known]
+        if unknown and known:
             raise ValueError(
-                f"unknown column {', '.join(unknown)}: the left side is our name ({', '.join(COLUMNS)}), "
-                "the right side the file's"
+                f"unknown column {', '.join(unknown)}: the left side is our name, of kind {kind} one of "
+                f"{', '.join(known)}, the right side the file's"
             )
         return columns
 
@@ -228,6 +234,8 @@ class DataSettings(SourceSettings):
         if self.sources is None:
             if self.kind is None:
                 raise ValueError("kind must be set (one of qa, chat, text, synthetic), or sources with a kind each")
+            if self.stopping_strategy != "first_exhausted":
+                raise ValueError("stopping_strategy has no effect without sources with weights: leave it out")
             return self
         defaults = SourceSettings.model_fields.items()
         moved = [
@@ -243,6 +251,8 @@ class DataSettings(SourceSettings):
             raise ValueError(
                 f"sources: weight must be set for all of them or for none, missing in {weighted.index(False)}"
             )
+        if self.stopping_strategy != "first_exhausted" and not any(weighted):
+            raise ValueError("stopping_strategy has no effect without weights: set weight in each of sources")
         if self.streaming and len(weighted) > 1 and not all(weighted):
             raise ValueError("streaming several sources needs a weight for each: they may have no end")
         return self

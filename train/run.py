@@ -118,7 +118,8 @@ def sft_config(settings: RunSettings, output_dir: Path) -> SFTConfig:
     Raises:
         SettingsError: with what TRL or transformers object to.
     """
-    values = settings.train.given() | {"output_dir": str(output_dir), "completion_only_loss": True}
+    values = {"max_length": settings.data.context_length} | settings.train.given()
+    values |= {"output_dir": str(output_dir), "completion_only_loss": True}
     for name in ("max_minutes", "early_stopping_patience"):  # what SFTConfig does not have
         values.pop(name, None)
     if settings.parallel.sp_size > 1:

@@ -67,7 +67,16 @@ def read_chats(
             f"{source}: no chats in the columns {known}. Kind chat reads messages (or conversations), prompt and "
             f"completion, instruction and output; {chat_advice(records[0])}"
         )
-    read, chats = {"messages": _messages, "prompt": _completion, "instruction": _instruction}[layout], []
+    read, own = {
+        "messages": (_messages, ("messages", "role", "content")),
+        "prompt": (_completion, ("prompt", "completion", "role", "content")),
+        "instruction": (_instruction, ("instruction", "input", "output")),
+    }[layout]
+    if unread := [name for name in columns if name not in (*own, "system", "tools")]:
+        raise DataError(
+            f"{source}: data.columns {', '.join(unread)}: these records are read by {', '.join(own)}: leave that out."
+        )
+    chats = []
     for number, record in enumerate(records, first):
         try:
             chat = read(number, record, columns)

@@ -39,12 +39,12 @@ def columns_of(
 
 def chat_layout(record: dict, columns: dict[str, str]) -> str | None:
     """How a record holds a chat: messages, prompt (completion) or instruction (output); None for none of them."""
-    if "messages" in columns or any(isinstance(record.get(name), list) for name in MESSAGES):
+    pairs = {"prompt": "completion", "instruction": "output"}
+    there = [a for a, b in pairs.items() if columns.get(a, a) in record and columns.get(b, b) in record]
+    named = [name for name in there if name in columns or pairs[name] in columns]
+    if "messages" in columns or (not named and any(isinstance(record.get(name), list) for name in MESSAGES)):
         return "messages"
-    for first, second in (("prompt", "completion"), ("instruction", "output")):
-        if columns.get(first, first) in record and columns.get(second, second) in record:
-            return first
-    return None
+    return next(iter(named or there), None)
 
 
 def chat_advice(record: dict) -> str:

@@ -58,17 +58,24 @@ def iterate_records(
 
 def _source(path: str, name, split: str, setting: str, notes: list[str], stream: bool) -> Iterator[Any]:
     file = Path(path).expanduser()
-    if file.is_file():
-        return records_of(file)
+    if names_files(path):
+        if name is not None:
+            raise DataError(f"data.name {name}: {setting} {path} is no data set with subsets: leave data.name out.")
+        if split != "train":
+            raise DataError(f"split {split}: {setting} {path} is no data set with splits: leave the split out.")
+        return records_of(file) if file.is_file() else _pattern(str(file), setting)
     if file.is_dir():
         return _directory(file, name, split, setting, notes)
-    if has_magic(path):
-        return _pattern(str(file), setting)
     if ending(file) or path.startswith((".", "/", "~")):
         raise DataError(
             f"{setting} {path}: no such file; looked for {file.absolute()}. Check the path, or give a Hub name."
         )
     return _load_dataset(path, name, split, setting, stream)
+
+
+def names_files(path: str) -> bool:
+    """Whether a path is that of a file or a pattern of files, which have neither subsets nor splits."""
+    return Path(path).expanduser().is_file() or (has_magic(path) and not Path(path).expanduser().is_dir())
 
 
 def _pattern(pattern: str, setting: str) -> Iterator[Any]:
@@ -88,7 +95,7 @@ def _pattern(pattern: str, setting: str) -> Iterator[Any]:
 
 def _directory(folder: Path, name: str | None, split: str, setting: str, notes: list[str]) -> Iterator[Any]:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _saved_dataset(folder, split, setting)
+        return _saved_dataset(folder, name, split, setting)
     if name is not None or _has_configurations(folder):
         return _load_dataset(str(folder), name, split, setting)
     found = read_folder(folder, split, setting)
@@ -105,10 +112,14 @@ def _has_configurations(folder: Path) -> bool:
     return len(head) > 2 and not head[0].strip() and "\nconfigs:" in head[1]
 
 
-def _saved_dataset(folder: Path, split: str, setting: str) -> Iterator[dict[str, Any]]:
+def _saved_dataset(folder: Path, name: str | None, split: str, setting: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
+    one = isinstance(saved, datasets.Dataset)
+    if name is not None or (one and split != "train"):
+        what = f"data.name {name}" if name is not None else f"split {split}"
+        raise DataError(f"{what}: {setting} {folder} was saved by datasets and has none of that name: leave it out.")
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DataError(f"{setting} {folder} has no split {split!r}; its splits are {', '.join(saved)}.")
@@ -126,15 +137,16 @@ def read_evaluation_records(settings: DataSettings, notes: list[str] | None = No
     if settings.eval_rows == 0 or not (settings.eval_path or settings.eval_split):
         return None
     path = settings.eval_path or settings.path
-    listed = not isinstance(path, str)
-    if not settings.eval_path and (listed or has_magic(path) or Path(path).expanduser().is_file()):
+    files = any(map(names_files, [path] if isinstance(path, str) else path))
+    if not settings.eval_path and (files or not isinstance(path, str)):
         raise DataError(
-            f"data.eval_split {settings.eval_split}: data.path {path} {'names files' if listed else 'is a file'} and "
-            "has no splits; give data.eval_path, or remove eval_split to hold rows out of what is there."
+            f"data.eval_split {settings.eval_split}: data.path {path} is a file, or names files, and has no splits; "
+            "give data.eval_path, or remove eval_split to hold rows out of what is there."
         )
     name = None if settings.eval_path else settings.name
     setting = "data.eval_path" if settings.eval_path else "data.path"
-    return read_records(path, name, settings.eval_split or settings.split, setting, notes)
+    split = settings.eval_split or ("train" if files else settings.split)
+    return read_records(path, name, split, setting, notes)
 
 
 def _load_dataset(

@@ -40,7 +40,9 @@ def test_wrong_values_are_all_named_at_once():
 
 def test_columns_map_our_names_only():
     [(place, text)] = problems(kind="qa", path="a.json", columns={"quesion": "q"})
-    assert place == "columns" and "quesion" in text and "question, context, answers, text, messages" in text
+    assert place == "columns" and "quesion" in text and "one of question, context, answers, the right" in text
+    [(place, text)] = problems(kind="qa", path="a.json", columns={"messages": "q"})
+    assert place == "columns" and "unknown column messages" in text
 
 
 @pytest.mark.parametrize(

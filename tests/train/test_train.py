@@ -76,7 +76,7 @@ def test_the_adapter_is_trained_and_knows_its_compression(finished):
 def test_the_stored_settings_say_everything(finished, monkeypatch):
     directory, _ = finished
     stored = load_settings(str(directory / "config.yaml"))
-    assert stored.model.dtype == "float32" and stored.train.bf16 is False and stored.train.max_length == 96
+    assert stored.model.dtype == "float32" and stored.train.bf16 is False and stored.train.use_cpu
     assert stored.lrsa == LRSAConfig(**LRSA)
 
 

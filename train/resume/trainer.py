@@ -114,6 +114,7 @@ class ResumableTrainer(SFTTrainer):
         if self.time_limit.is_over and not self._stopped:
             self.state.max_steps = self.state.global_step
             self.control.should_training_stop = True
+            self.control.should_save |= self.args.save_strategy == "steps"  # as behind train.max_steps
         return self._stopped
 
     def _run_epoch(self, **kwargs) -> None:

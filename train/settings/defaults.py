@@ -34,7 +34,8 @@ def with_defaults(settings: RunSettings, *, use_cpu: bool | None = None) -> RunS
     on_gpu = not given["use_cpu"]
     if given.get("bf16") is None:
         given["bf16"] = on_gpu and not settings.train.fp16 and (elsewhere or torch.cuda.is_bf16_supported())
-    ours = {"output_dir": f"runs/{settings.file.stem}", "max_length": settings.data.context_length}
+    ours = {"output_dir": f"runs/{settings.file.stem}"}
+    ours |= {"max_length": settings.data.context_length} if given.get("packing") else {}
     given |= {name: value for name, value in ours.items() if given.get(name) is None}
     if settings.train.early_stopping_patience:
         given.setdefault("load_best_model_at_end", True)

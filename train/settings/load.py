@@ -23,6 +23,7 @@ from train.settings.schema import (
     TrainSettings,
 )
 from train.settings.sources import Source, read_source, to_yaml
+from train.settings.unused import without_effect
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def load_settings(config: str, overrides: list[str] | None = None) -> RunSetting
     values["data"] = with_data_files(source, values["data"])
     values["train"] = check_deepspeed(source, values["train"], problems)
     built = {name: _build(name, values[name], problems) for name in SECTIONS}
-    problems |= _conflicts(built)
+    problems |= without_effect(built) | _conflicts(built)
     told = [source.problem(path, problems[path]) for path in sorted(problems, key=source.order)]
     if source.problems or told:
         raise SettingsError(source.problems + told)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from data.sources.records import names_files
 from train.settings.errors import FieldPath
 from train.settings.schema import ParallelSettings
 from train.settings.sources import Source, shown
@@ -48,12 +49,18 @@ def _each(value, change: Callable[[str], str]):
 def with_data_files(source: Source, values: dict) -> dict:
     """`data` with local paths made absolute.
 
-    A path that is not found stays as it is: it may name a data set on the Hub, which only loading can tell.
+    A path that is not found stays as it is: it may name a data set on the Hub, which only loading can tell. Where the
+    command line gives files, subset and splits that the configuration names are those of the data set it had.
     """
     result, listed = dict(values), values.get("sources")
     for name in PATHS["data"]:
         if name in values:
             result[name] = _each(values[name], lambda path, name=name: str(source.find("data", name, path) or path))
+    if ("data", "path") in source.from_command_line and isinstance(result["path"], str) and names_files(result["path"]):
+        of_the_other = {
+            name for name in ("name", "split", "eval_split") if ("data", name) not in source.from_command_line
+        }
+        result = {name: value for name, value in result.items() if name not in of_the_other}
     if isinstance(listed, list):
         result["sources"] = [with_data_files(source, one) if isinstance(one, dict) else one for one in listed]
     return result

@@ -137,6 +137,11 @@ class TrainerSection(Section):
         **dict.fromkeys(("do_eval", "do_predict"), "set eval.enabled"),
         **dict.fromkeys(("fsdp", "fsdp_config"), "use train.deepspeed"),
         **dict.fromkeys(("eos_token", "pad_token", "dataset_kwargs"), "rows come tokenized from section data"),
+        **dict.fromkeys(
+            ("include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object"),
+            "no metrics are computed from predictions; section eval says what is measured",
+        ),
+        "length_column_name": "rows have no such column; set train_sampling_strategy",
         "dataset_text_field": "rows come tokenized from section data; set data.columns",
         **dict.fromkeys(
             ("completion_only_loss", "assistant_only_loss"), "section data decides which tokens are trained"

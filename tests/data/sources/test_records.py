@@ -171,6 +171,21 @@ def test_evaluation_records_have_a_source_of_their_own_or_none(tmp_path):
         read_evaluation_records(DataSettings(kind="text", path=str(path), eval_split="test"))
 
 
+def test_files_have_neither_subsets_nor_splits(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
+    for path in ("a.jsonl", "*.jsonl", "saved"):
+        with pytest.raises(DataError, match=r"data.name en: .*leave data.name out|data.name en: .*leave it out"):
+            read_records(str(tmp_path / path), name="en")
+        with pytest.raises(DataError, match=r"split dev: .*leave"):
+            read_records(str(tmp_path / path), split="dev")
+    settings = {"kind": "text", "path": str(tmp_path / "saved"), "split": "train"}
+    path = str(tmp_path / "a.jsonl")
+    assert read_evaluation_records(DataSettings(**settings | {"split": "dev"}, eval_path=path)) == [{"text": "a"}]
+    with pytest.raises(DataError, match="split dev"):
+        read_evaluation_records(DataSettings(**settings, eval_path=path, eval_split="dev"))
+
+
 def test_values_of_a_csv_file_are_the_texts_that_stand_there(tmp_path):
     values = ["None", "NA", "null", "nan", "007", "3.10", "", 'two\nlines, and "quotes"']
     with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:

@@ -161,10 +161,12 @@ def test_a_loss_that_is_not_finite(workplace, rate, message, capsys):
 def test_a_number_of_minutes(workplace, monkeypatch, capsys):
     """Eight steps of an eighth of a minute, whose learning rate falls by the time; a resumed run counts on."""
     limit = ["train.max_minutes=1", "train.max_steps=40", "train.logging_steps=1", "eval.control=false"]
+    limit += ["train.save_steps=3"]
     monkeypatch.setattr(TimeLimit, "now", lambda limit: limit.spent + 0.125)
     assert run_here(workplace, "minutes", *limit) == 0
     assert "train.max_minutes used up after step 8" in capsys.readouterr().out
     whole = workplace / "minutes"
+    assert checkpoints(whole)[-1].name == "checkpoint-8", "the last step is saved, to go on from"
     rates = {line["step"]: line["learning_rate"] for line in lines(whole)}
     shares = [1, 0.975, *(1 - 0.125 * steps for steps in range(1, 7))]  # the second step has one of 40 steps behind it
     assert rates == pytest.approx({step + 1: 0.01 * share for step, share in enumerate(shares)})

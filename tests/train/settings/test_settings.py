@@ -56,7 +56,8 @@ def test_the_configurations_of_the_repository_load_from_anywhere(tmp_path, monke
 def test_the_stored_settings_load_again_as_the_same(load, tmp_path):
     (tmp_path / "questions.json").write_text("[]")
     settings = with_defaults(load(GOOD))
-    assert settings.train.max_length == 512 and settings.train.report_to == "none"
+    assert with_defaults(load(GOOD, "train.packing=true")).train.max_length == 512
+    assert settings.train.max_length is None and settings.train.report_to == "none"
     assert settings.model.dtype != "auto"
     (tmp_path / "config.yaml").write_text(settings.to_yaml())
     again = with_defaults(load_settings("config.yaml"))
@@ -91,7 +92,7 @@ def test_meanings_of_the_lrsa_section_are_those_of_its_fields():
 
 def test_only_what_is_set_goes_to_trl(load):
     given = with_defaults(load(GOOD, "train.use_cpu=true")).train.given()
-    ours = {"output_dir", "use_cpu", "bf16", "max_length", "packing", "report_to", "logging_steps", "seed"}
+    ours = {"output_dir", "use_cpu", "bf16", "packing", "report_to", "logging_steps", "seed"}
     assert {name for name in given if "checkpointing" not in name} == ours | {"max_steps", "learning_rate"}
 
 
