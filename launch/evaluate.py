@@ -102,11 +102,11 @@ def evaluate(options: argparse.Namespace) -> None:
         return evaluate_layers(settings, adapter, corpus.evaluation, Console(), out)
     if options.run and (changed := changed_rows(Path(options.run), corpus.report)):
         Console(stderr=True).print(f"warning: {changed}; some rows may have been trained on", style="bold yellow")
-    results = evaluate_run(settings, adapter, tokenizer, corpus.evaluation, Console(), out)
+    evaluate_run(settings, adapter, tokenizer, corpus.evaluation, Console(), out)
     if options.run:
         corpus.prompt.save_pretrained(options.run)
-    if results and options.run and out == Path(options.run):
-        save_model_card(settings, out, results)
+    if options.run and out == Path(options.run):
+        save_model_card(settings, out)
 
 
 def _list(kind):

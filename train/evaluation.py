@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa import LRSAConfig
-from lrsa.evaluation import Results, Variant, compare, draw_training, print_report, save_report
+from lrsa.evaluation import Variant, compare, draw_training, print_report, save_report
 from lrsa.evaluation.layers import choose_layers, save_layers
 from lrsa.evaluation.measure.state import with_adapter
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
@@ -20,6 +20,7 @@ from lrsa.loading import attach_adapter, fetch_adapter
 from train.adapter import ADAPTER_NAME
 from train.failures import RunFailed, first_line, is_out_of_memory
 from train.model import is_packed, load_model
+from train.resume.run_directory import results_folders
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
 
@@ -34,7 +35,7 @@ def evaluate_run(
     rows: list[dict],
     console: Console,
     out: Path | None = None,
-) -> Results | None:
+) -> None:
     """Compare base, control (when there is one) and adapter on held-out rows; print the table and write the report.
 
     Args:
@@ -44,18 +45,15 @@ def evaluate_run(
         out: where results.json, report.md and the picture go; beside the adapter when not given. Of several sources
             the first goes there, each other one into `evaluation/NAME`.
 
-    Returns:
-        the results on the first source, or None when there are no rows to evaluate on.
-
     Raises:
         SettingsError: when there is no adapter, or it does not fit the base model.
         RunFailed: when a batch does not fit the memory.
     """
     if not rows:
         console.print("No evaluation: data.eval_rows is 0, or there were no rows to hold out")
-        return None
+        return
     lrsa, models = load_variants(settings, adapter)
-    out, found = Path(adapter) if out is None else out, []
+    out = Path(adapter) if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     save_training_losses(Path(adapter), out)
     for task, own, folder in _by_source(settings, rows, out, console):
@@ -67,24 +65,20 @@ def evaluate_run(
         save_report(results, folder)
         print_report(results, console)
         console.print(f"report: {folder / 'report.md'}")
-        found.append(results)
-    return found[0]
 
 
 def _by_source(
     settings: RunSettings, rows: list[dict], out: Path, console: Console
 ) -> Iterator[tuple[str, list[dict], Path]]:
     """Task, rows and folder of every source that has rows."""
-    sources, first = settings.data.each(), True
-    for name, source in sources.items():
+    sources = settings.data.each()
+    for name, folder in results_folders(settings, out).items():
         own = [row for row in rows if row.get("source", name) == name][: settings.eval.rows]
         if own:
             if len(sources) > 1:
                 console.print(f"Evaluation on {name}:", markup=False)
-            folder = out if first else out / "evaluation" / name.replace(" ", "_")
             folder.mkdir(parents=True, exist_ok=True)
-            yield TASKS[source.kind], own, folder
-            first = False
+            yield TASKS[sources[name].kind], own, folder
 
 
 def evaluate_model(

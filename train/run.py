@@ -104,10 +104,10 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
     if main:
         corpus.prompt.save_pretrained(directory)
         save_training_losses(directory, directory)  # also where nothing is evaluated: the model card shows them
-        evaluated = settings.eval.enabled
-        results = evaluate_run(settings, directory, tokenizer, corpus.evaluation, console) if evaluated else None
-        save_model_card(settings, directory, results)
-        if evaluated and settings.eval.suite:
+        if settings.eval.enabled:
+            evaluate_run(settings, directory, tokenizer, corpus.evaluation, console)
+        save_model_card(settings, directory)
+        if settings.eval.enabled and settings.eval.suite:
             run_suite(settings, *load_variants(settings, directory), tokenizer, corpus, console, directory)
     return directory
 

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import shutil
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -79,6 +81,10 @@ def test_a_run_on_several_sources(workplace):
         "local data chats-*.jsonl, chat; local data text.jsonl, text; generated"
         in (directory / "README.md").read_text()
     )
+    card = (directory / "README.md").read_text()
+    titles = [line for line in card.splitlines() if line.startswith("### ")]
+    assert titles == ["### chats-*.jsonl", "### text.jsonl", "### synthetic key_value"]
+    assert all((directory / unquote(picture)).is_file() for picture in re.findall(r"\]\((\S+?\.png)\)", card))
     stored = load_settings(str(directory / "config.yaml")).data
     assert stored.sources[1].path == str(workplace / "text.jsonl") and stored.sources[0].weight == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -13,6 +14,7 @@ from lrsa.base_loading import BaseLoading
 from lrsa.evaluation import Results
 from lrsa.evaluation.report.pictures import TRAINING_PICTURE
 from lrsa.evaluation.report.tables import TITLES, TRAINING, measurements, setting_name
+from train.resume.run_directory import results_folders
 from train.settings.load import RunSettings
 
 CARD_NAME = "README.md"
@@ -70,7 +72,6 @@ NOT_MEASURED = (
 def model_card(
     settings: RunSettings,
     directory: Path,
-    results: Results | None,
     *,
     repo_id: str | None = None,
     license: str | None = None,
@@ -79,12 +80,16 @@ def model_card(
 
     Args:
         settings: of the run; `model.name_or_path` is the card's base model where it is a Hub id.
-        directory: of the run.
-        results: of the run's evaluation, or None when there was none, which the card then says.
+        directory: of the run, with the results of its evaluation; where there are none the card says so.
         repo_id: where the card is published; without it the card is that of the directory.
         license: the Hub's identifier of a licence; left out when not given, because a run does not know it.
     """
     name = (repo_id or directory.resolve().name).split("/")[-1]
+    results = {
+        name: Results.load(folder)
+        for name, folder in results_folders(settings, directory).items()
+        if (folder / "results.json").is_file()
+    }
     hub_data = [path for one in settings.data.each().values() for path in _listed(one.path) if hub_id(path)]
     data = ModelCardData(
         base_model=hub_id(settings.model.name_or_path),
@@ -94,7 +99,10 @@ def model_card(
         license=license,
         tags=TAGS,
         model_name=name,
-        eval_results=eval_results(settings, results) if results else None,
+        eval_results=[
+            entry for name, found in results.items() for entry in eval_results(settings.data.each()[name], found)
+        ]
+        or None,
     )
     sample = _sample(settings, repo_id or str(directory))
     sections = [
@@ -102,7 +110,7 @@ def model_card(
         _about(settings),
         f"## Use\n\n{USE.format(**sample)}",
         *([CUSTOM_GENERATE.format(**sample)] if repo_id and settings.model.loading == BaseLoading() else []),
-        f"## Evaluation\n\n{_evaluation(results)}",
+        f"## Evaluation\n\n{_evaluation(settings, directory, results)}",
         f"## Training\n\n{_training(settings)}",
         *([TRAINING] if (directory / TRAINING_PICTURE).is_file() else []),
     ]
@@ -110,9 +118,9 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def save_model_card(settings: RunSettings, directory: Path, results: Results | None) -> None:
+def save_model_card(settings: RunSettings, directory: Path) -> None:
     """Write the run's card as README.md into its directory, where TRL and PEFT have left drafts of their own."""
-    model_card(settings, directory, results).save(directory / CARD_NAME)
+    model_card(settings, directory).save(directory / CARD_NAME)
 
 
 def hub_id(name: str | list[str] | None) -> str | None:
@@ -124,10 +132,8 @@ def _listed(path: str | list[str] | None) -> list[str]:
     return [] if path is None else [path] if isinstance(path, str) else path
 
 
-def eval_results(settings: RunSettings, results: Results) -> list[EvalResult]:
-    """Every score of the adapter, one entry for each metric and cache, for the card's `model-index`."""
-    sources = list(settings.data.each().values())
-    data = next((one for one in sources if one.eval_rows), sources[0])  # that of the results
+def eval_results(data: DataSettings, results: Results) -> list[EvalResult]:
+    """Every score of the adapter on one source of data, an entry for each metric and cache, for the `model-index`."""
     evaluated = data.eval_path or data.path
     on_hub = {"dataset_config": data.name, "dataset_split": data.eval_split or data.split} if hub_id(evaluated) else {}
     scores = [
@@ -181,10 +187,15 @@ def _sample(settings: RunSettings, source: str) -> dict[str, str]:
     return {"source": source, "prompt": prompt}
 
 
-def _evaluation(results: Results | None) -> str:
-    if results is None:
-        return NOT_MEASURED
-    return f"{MEASURED[results.task]}\n\n{measurements(results)}".replace("\n## ", "\n### ")
+def _evaluation(settings: RunSettings, directory: Path, results: dict[str, Results]) -> str:
+    """What was measured on every source, each with its pictures where they lie."""
+    parts, folders = [], results_folders(settings, directory)
+    for name, found in results.items():
+        place = quote(folders[name].relative_to(directory).as_posix())
+        text = f"{MEASURED[found.task]}\n\n{measurements(found)}".replace("\n## ", f"\n###{'#' * (len(results) > 1)} ")
+        text = text if place == "." else text.replace("](", f"]({place}/")
+        parts.append(f"### {name}\n\n{text}" if len(results) > 1 else text)
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def _training(settings: RunSettings) -> str:

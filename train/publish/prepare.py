@@ -23,6 +23,7 @@ from train.settings.sources import parse
 FILES = (
     *(ADAPTER_NAME, "adapter_config.json", "lrsa_config.json", PROMPT_NAME, BASE_NAME),
     *("results.json", "report.md", "data_report.md", "*.png"),
+    *("evaluation/*/results.json", "evaluation/*/report.md", "evaluation/*/*.png"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja", "vocab.*", "merges.txt", "*.model"),
 )
@@ -39,7 +40,6 @@ class Publication:
     settings: RunSettings
     lrsa: LRSAConfig
     prompt: PromptFormat
-    results: Results
 
     @property
     def base_model(self) -> str:
@@ -75,7 +75,7 @@ def read_run(run: Path, repo_id: str, base_model: str | None, problems: list[Pro
             problems.append(Problem("", "", str(error)))
     if problems:
         raise SettingsError(problems)
-    return Publication(run, repo_id, parts["settings"], parts["lrsa"], parts["prompt"], parts["results"])
+    return Publication(run, repo_id, parts["settings"], parts["lrsa"], parts["prompt"])
 
 
 def write_folder(publication: Publication, license: str | None = None) -> Path:
@@ -92,12 +92,13 @@ def write_folder(publication: Publication, license: str | None = None) -> Path:
     texts = {CONFIG_NAME: redaction.config()}
     for path in [path for pattern in FILES for path in sorted(run.glob(pattern)) if path.is_file()]:
         if path.suffix in BINARY:
-            shutil.copyfile(path, folder / path.name)
+            (folder / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / path.relative_to(run))
         else:
             texts[str(path.relative_to(run))] = redaction.text(path.read_text(encoding="utf-8"))
     adapter_config = json.loads(texts["adapter_config.json"]) | {"base_model_name_or_path": publication.base_model}
     texts["adapter_config.json"] = json.dumps(adapter_config, indent=2, sort_keys=True) + "\n"
-    card = model_card(publication.settings, run, publication.results, repo_id=publication.repo_id, license=license)
+    card = model_card(publication.settings, run, repo_id=publication.repo_id, license=license)
     texts[CARD_NAME] = str(card)
     if publication.settings.model.loading == BaseLoading():  # else transformers' own loading would give another model
         texts |= _custom_generate(publication.lrsa, publication.prompt)
@@ -105,7 +106,7 @@ def write_folder(publication: Publication, license: str | None = None) -> Path:
     if problems:
         raise SettingsError(problems)
     for name, text in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     return folder
 

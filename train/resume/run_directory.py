@@ -98,6 +98,13 @@ def changed_rows(directory: Path, report: DataReport) -> str | None:
     )
 
 
+def results_folders(settings: RunSettings, directory: Path) -> dict[str, Path]:
+    """Where the results on each source with held-out rows lie: those on the first one in the directory itself."""
+    measured = [name for name, source in settings.data.each().items() if source.eval_rows]
+    folders = [directory / "evaluation" / name.replace(" ", "_") for name in measured]
+    return dict(zip(measured, [directory, *folders[1:]], strict=True)) if measured else {}
+
+
 def clear_run_directory(directory: Path) -> None:
     """Delete what an earlier run wrote; other files stay."""
     _remove([*checkpoints(directory), *(directory / name for name in WRITTEN)])

@@ -60,5 +60,5 @@ def test_report_and_card_of_a_run_show_it(tiny_copy):
     for name in ("report.md", "README.md"):
         assert "](training_losses.png)" in (tiny_copy / name).read_text()
     (tiny_copy / "training_losses.png").unlink()
-    save_model_card(load_settings(str(tiny_copy / "config.yaml"), []), tiny_copy, None)
+    save_model_card(load_settings(str(tiny_copy / "config.yaml"), []), tiny_copy)
     assert "training_losses" not in (tiny_copy / "README.md").read_text()

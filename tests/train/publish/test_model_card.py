@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_metadata_holds_every_score_of_the_adapter(tiny_run):
 
 def test_names_on_the_hub_are_metadata(tiny_run):
     settings = settings_of("qa.yaml")
-    card = model_card(settings, tiny_run, Results.load(tiny_run), repo_id="user/qa", license="mit")
+    card = model_card(settings, tiny_run, repo_id="user/qa", license="mit")
     read = ModelCard(str(card)).data
     assert (read.base_model, read.datasets) == ("Qwen/Qwen2.5-1.5B-Instruct", ["hotpotqa/hotpot_qa"])
     assert (read.license, read.model_name) == ("mit", "qa")
@@ -63,16 +64,24 @@ def test_names_on_the_hub_are_metadata(tiny_run):
     assert "| length | 1 epochs |" in card.text and "| batch | 1 rows per device x 16 accumulated |" in card.text
 
 
-def test_scores_are_those_of_the_first_source_with_held_out_rows(tiny_run, tmp_path):
-    sources = [{"kind": "text", "path": "org/text", "eval_rows": 0}, {"kind": "text", "path": "org/held"}]
+def test_scores_of_every_source_are_shown_with_their_pictures(tiny_run, tmp_path):
+    sources = [{"kind": "text", "path": f"org/{name}"} for name in ("none", "held", "more")]
+    sources[0]["eval_rows"] = 0
     values = {"model": {"name_or_path": "org/model"}, "data": {"sources": sources}}
-    (tmp_path / "two.yaml").write_text(json.dumps(values))
-    card = model_card(settings_of(str(tmp_path / "two.yaml")), tiny_run, Results.load(tiny_run))
-    assert {item.dataset_type for item in card.data.eval_results} == {"org/held"}
+    (tmp_path / "three.yaml").write_text(json.dumps(values))
+    for folder in (tmp_path, tmp_path / "evaluation" / "more"):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny_run / "results.json", folder)
+    card = model_card(settings_of(str(tmp_path / "three.yaml")), tmp_path)
+    assert [item.dataset_type for item in card.data.eval_results] == ["org/held"] * 9 + ["org/more"] * 9
+    held, more = card.text.index("### held"), card.text.index("### more")
+    assert held < card.text.index("](score_vs_keep_ratio.png)") < more
+    assert more < card.text.index("](evaluation/more/score_vs_keep_ratio.png)") < card.text.index("## Training")
+    assert "none" not in [line.strip("# ") for line in card.text.splitlines()]
 
 
-def test_a_run_without_evaluation_says_so(tiny_run):
-    card = model_card(settings_of("qa.yaml"), tiny_run, None)
+def test_a_run_without_evaluation_says_so(tmp_path):
+    card = model_card(settings_of("qa.yaml"), tmp_path)
     assert "This adapter was not evaluated" in card.text and "| cache |" not in card.text
     assert "model-index" not in card.data.to_dict()
 
@@ -80,8 +89,8 @@ def test_a_run_without_evaluation_says_so(tiny_run):
 @pytest.mark.parametrize("config", ["qa.yaml", "chat.yaml", "text.yaml", "quickstart.yaml"])
 def test_code_samples_ask_as_the_training_rows_do(config, tmp_path):
     template = 'Say "{question}" of:\n\n{context}\n\nAnswer:'
-    settings = settings_of(config, f"data.prompt_template={json.dumps(template)}")
-    samples = code_of(model_card(settings, tmp_path, None, repo_id="user/name"))
+    settings = settings_of(config, *[f"data.prompt_template={json.dumps(template)}"] * (config == "qa.yaml"))
+    samples = code_of(model_card(settings, tmp_path, repo_id="user/name"))
     assert len(samples) == 2
     for code in samples:
         assigned = {

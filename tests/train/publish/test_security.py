@@ -165,7 +165,8 @@ def test_a_run_writes_into_its_directory_only(tmp_path, byte_tokenizer):
 
     workplace = make_workplace(tmp_path, byte_tokenizer)
     before = {path for path in workplace.rglob("*")}
-    names = ["train.run_name=../../up", "train.project=../up", "train.max_steps=2", "eval.enabled=true"]
+    names = ["train.run_name=../../up", "train.project=../up", "train.report_to=none", "train.max_steps=2"]
+    names += ["eval.enabled=true"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
         settings = load_settings("run.yaml", ["train.output_dir=mine", *names])
