@@ -9,6 +9,7 @@ from dataclasses import fields
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lrsa.attention import lrsa_attention
 from lrsa.attention.documents import find_documents
@@ -39,6 +40,9 @@ def lrsa_attention_forward(
     if not hasattr(module, "lrsa_impl"):  # loaded by the name of this attention, without apply_lrsa
         check_named(module.config, module)
         module.lrsa_impl = "auto"
+    cache = getattr(key, "lrsa_cache", None)
+    if cache is None and attention_mask is None and getattr(module, "is_causal", True) is False:  # across inputs
+        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, is_causal=False)
     _refuse(module, attention_mask, dropout, kwargs)
     tokens, shares = query.shape[2], getattr(module, "is_kv_shared_layer", False)
     follow = position_ids if position_ids is not None and position_ids.dim() == 2 else None
@@ -48,7 +52,6 @@ def lrsa_attention_forward(
     layer, attention_mask, position_ids = _owner(module, key, attention_mask, position_ids)
     if shares and tokens < key.shape[2]:  # the model has left out queries whose logits nobody wants
         query = F.pad(query, (0, 0, key.shape[2] - tokens, 0))
-    cache = getattr(key, "lrsa_cache", None)
     if module.layer_idx == first_attention(module.config):
         held = cache is not None and any(hasattr(layer, "seen") for layer in cache.layers)  # not recurrent states alone
         before = cache.get_seq_length() if held else 0
@@ -97,7 +100,7 @@ def _documents(attention_mask, position_ids) -> tuple[torch.Tensor | None, torch
     Models that give their positions to the mask alone have them in an int32 mask (`lrsa.hf.mask`). Positions in three
     dimensions (time, height, width) count one document from where all three are 0.
     """
-    if attention_mask is not None and attention_mask.dim() == 4:  # of a model whose layers share keys
+    if attention_mask is not None and attention_mask.dim() == 4:
         attention_mask = attention_mask[:, 0, :, 0]
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         return None, attention_mask

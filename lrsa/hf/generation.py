@@ -31,9 +31,13 @@ def generate(model, inputs=None, generation_config=None, *args, **options):
     if "past_key_values" in options:  # the name until transformers 5.24, with which it would warn
         options[CACHE_ARGUMENT] = options.pop("past_key_values")
     cache = options.get(CACHE_ARGUMENT)
-    arguments = (model, inputs, generation_config, *args)
+    own = functools.partial(type(model).generate, model, inputs)
+    if args:
+        own = functools.partial(own, generation_config, *args)
+    elif generation_config is not None:  # by name: not every model has a place for it
+        options["generation_config"] = generation_config
     if not isinstance(cache, LRSACache):
-        return type(model).generate(*arguments, **options)
+        return own(**options)
     option = functools.partial(_option, model.generation_config, generation_config, options)
     for name, meaning in _IMPOSSIBLE.items():
         value = option(name)
@@ -46,7 +50,7 @@ def generate(model, inputs=None, generation_config=None, *args, **options):
     else:
         _refuse_other(cache, 0 if ids is None else ids.shape[1], ids, mask)
     before, cache.ids = cache.ids, None  # what is not known to be right after an error is forgotten
-    found = type(model).generate(*arguments, **options)
+    found = own(**options)
     cache.is_reordered |= (option("num_beams") or 1) > 1
     sequences = getattr(found, "sequences", found)
     if mask is not None and ids is not None and mask.shape[1] > ids.shape[1]:  # the new turn alone was given

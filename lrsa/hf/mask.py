@@ -27,10 +27,11 @@ def lrsa_mask(
     config: PreTrainedConfig | None = None,
     **kwargs,
 ) -> torch.Tensor | None:
-    """What is known of the new tokens, `[B, T]`: bool padding, int32 positions in packed documents, or `None`.
+    """What is known of the new tokens: bool padding `[B, T]`, int32 positions in packed documents `[B, 1, T, 1]`, or
+    `None`.
 
-    Models whose layers share keys get it as `[B, 1, T, 1]`. Causality and sliding windows are the attention's own
-    affair; any other pattern is refused.
+    Models whose layers share keys get the padding in four dimensions too. Causality and sliding windows are the
+    attention's own affair; any other pattern is refused.
 
     Raises:
         ValueError: when a token would see later ones, as those of an image do, or the model has a pattern of its own.
@@ -55,9 +56,12 @@ def lrsa_mask(
     else:
         padding = attention_mask[:, -q_length:].bool()
         found = None if padding.all() else padding
-    # Layers that share keys slice their mask by queries, the third dimension of what other attentions take.
-    is_sliced = found is not None and getattr(config, "num_kv_shared_layers", 0)
-    return found[:, None, :, None] if is_sliced else found
+    if found is None:
+        return None
+    # Layers that share keys slice their mask by queries, the third dimension of what other attentions take. Positions
+    # may come here again (a model for images hands them to its language model), and would count as padding in two.
+    in_four = found is positions or getattr(config, "num_kv_shared_layers", 0)
+    return found[:, None, :, None] if in_four else found
 
 
 def _shows_in_neighbours(mask_function: Callable) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 from dataclasses import dataclass
 
@@ -95,6 +96,8 @@ def _problem_of_config(text) -> str:
             f"it has layers of {', '.join(other)}, which neither its attention nor its cache can hold. Full attention, "
             "sliding windows and recurrent layers are supported"
         )
+    if getattr(text, "num_kv_shared_layers", 0) >= getattr(text, "num_hidden_layers", 1):
+        return "its layers attend to what the cache of another model holds, and it has no keys of its own"
     if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
         return "its tokens see later ones; lrsa is for causal language models"
     return ""
@@ -129,6 +132,8 @@ def _problem_of_module(module: torch.nn.Module) -> str:
         return f"{name} attends {source.calls} times in one layer, and a cache would store its tokens as often"
     if source.problem:
         return f"{name} {source.problem}"
+    if not hasattr(sys.modules[type(module).__module__], "create_causal_mask"):
+        return f"{name} gets an attention mask that its model makes without AttentionMaskInterface"
     for keyword, attribute in source.keywords:
         if keyword in REFUSED and (attribute is None or getattr(module, attribute, None) is not None):
             return f"{name} {REFUSED[keyword]} ({keyword})"

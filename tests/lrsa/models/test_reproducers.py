@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask
 import lrsa
 from lrsa import LRSACache, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT
-from tests.lrsa.models import checks, images
+from tests.lrsa.models import checks, images, sweep
 from tests.lrsa.models.build import SHARED, SLIDES, WINDOW, build
 from tests.lrsa.models.checks import CONFIG, Subject, logits
 
@@ -28,6 +28,7 @@ REFUSED = [
     ("jamba", {}, "do not go on from their state"),
     ("minimax", {}, "one of its own class"),
     ("deepseek_v32", {}, "layers of indexed_attention"),
+    ("gemma4_unified_assistant", {}, "the cache of another model"),
 ]
 
 
@@ -42,7 +43,11 @@ def test_refused_by_name_and_left_as_it_was(family, options, reason):
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("case", [case for case in REFUSED if case[0] != "xlstm"], ids=lambda c: c[0])
+# xLSTM asks for no attention, and Gemma 4's assistant for the keys of another model.
+NAMED = [case for case in REFUSED if case[0] not in ("xlstm", "gemma4_unified_assistant")]
+
+
+@pytest.mark.parametrize("case", NAMED, ids=lambda c: c[0])
 def test_refused_when_the_attention_is_set_by_its_name_too(case):
     model = build(case[0], **case[1])
     model.set_attn_implementation("lrsa")
@@ -167,7 +172,7 @@ def test_blocks_that_see_the_future_are_refused_in_packed_rows_too(positions):
         create_causal_mask(**options, position_ids=positions, block_sequence_ids=blocks)
     blocks = torch.tensor([[-1, 0, -1, -1, -1, -1, -1, -1]])  # a block of one token sees nothing new
     found = create_causal_mask(**options, position_ids=positions, block_sequence_ids=blocks)
-    assert (found is None) if positions[0, 5] == 5 else torch.equal(found.long(), positions)
+    assert (found is None) if positions[0, 5] == 5 else torch.equal(found[:, 0, :, 0].long(), positions)
 
 
 def test_packed_rows_of_a_recurrent_model_are_refused():
@@ -218,6 +223,37 @@ def test_text_trains_in_a_model_that_sees_images(family):
     if family == "gemma3":
         with pytest.raises(ValueError, match=r"an image for this model \(gemma3_text\)"):
             logits(applied, subject.ids, **subject.image)
+
+
+def test_documents_are_told_apart_by_a_mask_that_is_made_twice():
+    """Molmo 2 hands its mask to its language model, which takes one of two dimensions for padding."""
+    assert checks.packed(Subject(images.build("molmo2"))) is None
+
+
+def test_attention_across_inputs_stays_as_it_is():
+    """Kosmos-2.5 reads the patches of an image by an attention module of its language model."""
+    subject = images.subject_with_an_image(images.build("kosmos-2.5"))
+    checks.one_forward(subject)
+
+
+def test_a_model_that_makes_its_own_mask_is_refused():
+    with pytest.raises(ValueError, match="Kosmos2ForConditionalGeneration: KosmosTextAttention gets an attention mask"):
+        apply_lrsa(images.build("kosmos-2"), CONFIG)
+
+
+def test_a_model_whose_generate_has_other_places_for_its_arguments():
+    model, cache = apply_lrsa(images.build("janus"), CONFIG), LRSACache(CONFIG)
+    out = model.generate(torch.ones(1, 40, dtype=torch.long), **{CACHE_ARGUMENT: cache}, max_new_tokens=2)
+    assert out.shape == (1, 42) and cache.layers[0].seen == [41]
+
+
+@pytest.mark.parametrize("case", [("llama", ""), *sweep.UNJUDGED], ids=" ".join)
+def test_a_family_that_is_not_judged_makes_the_sweep_fail_unless_it_is_listed(case, monkeypatch, capsys):
+    family, variant = case
+    monkeypatch.setattr(sweep, "cases", lambda: [(family, variant, {})])
+    monkeypatch.setattr(sweep, "judge", lambda *args: sweep.Verdict(*case, "", "not judged", "no such field"))
+    assert sweep.main([family]) == (case not in sweep.UNJUDGED)
+    assert ("not judged: llama : no such field" in capsys.readouterr().out) == (family == "llama")
 
 
 def test_the_encoder_of_an_image_stays_as_it_is():
