@@ -12,7 +12,16 @@ from transformers import DynamicCache
 from launch.kept_tokens import show
 from lrsa import LRSACache, LRSAConfig, apply_lrsa, select_tokens
 from lrsa.cache import CACHE_ARGUMENT
-from lrsa.evaluation.report.kept_tokens import draw_kept_tokens, kept_tokens, near, read_passage, write_page
+from lrsa.evaluation.measure.cost import kept_share, prefill_cost
+from lrsa.evaluation.report.kept_tokens import (
+    draw_kept_tokens,
+    holding_layers,
+    kept_tokens,
+    near,
+    read_passage,
+    write_page,
+)
+from tests.lrsa.models.build import SHARED, SLIDES, build
 from tests.tiny_run import ROOT, launch_here
 
 CONFIG = LRSAConfig(3, 8, 2, skip_layers=(1,))
@@ -63,6 +72,23 @@ def test_layers_with_a_sliding_window_hold_their_last_tokens(row):
         model(torch.tensor([row]), **{CACHE_ARGUMENT: cache})
     assert kept[0].all(0).nonzero()[:, 0].tolist() == list(range(60 - 12, 60))
     assert kept.sum(-1).tolist() == [[held] * 2 for held in (layer.held()[0] for layer in cache.layers)]
+
+
+SLIDING = {"layer_types": SLIDES, "sliding_window": 12, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "layers"),
+    [("qwen3_5_text", {}, [1, 3]), ("gemma4_text", SHARED, [0, 1]), ("gemma4_text", SLIDING, [0, 1, 2, 3])],
+    ids=["recurrent", "shared", "heads"],
+)
+def test_layers_that_hold_no_tokens_of_their_own(row, family, options, layers):
+    model = apply_lrsa(build(family, **options), CONFIG)
+    kept, costs = kept_tokens(model, row), prefill_cost(model, row)
+    assert holding_layers(model) == layers == [cost.layer for cost in costs]
+    assert kept.sum(-1).tolist() == [[cost.kept] * 2 for cost in costs]
+    whole = sum(cost.kept for cost in costs if family != "gemma4_text") / (60 * len(costs))
+    assert family == "gemma4_text" or kept_share(model, CONFIG, [60]) == pytest.approx(whole)
 
 
 def test_dense_model_is_refused(random_llama, row):

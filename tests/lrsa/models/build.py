@@ -7,8 +7,17 @@ import dataclasses
 import inspect
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MusicgenForCausalLM,
+    MusicgenMelodyForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.lrsa.models.parts import PARTS
 
 WINDOW = 12
 LARGEST = 12_000_000  # parameters: more means that a field below does not make this family tiny
@@ -147,8 +156,14 @@ OVERRIDES = {
     **{family: {"sliding_window": 512} for family in ("granite_swa", "granitemoe_swa", "mimo_v2_flash")},
     "gpt_oss": {"rope_parameters": PLAIN_ROPE, "sliding_window": 512},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text"} | SHARED | {"hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "num_hidden_layers": 4, "num_kv_shared_layers": 4}
+        | {"hidden_size": 32, "vocab_size": 64, "layer_types": SLIDES}
+        | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
     "moshi": {"audio_vocab_size": 64},
+    "musicgen": {"num_codebooks": 1},
+    "musicgen_melody": {"num_codebooks": 1},
     "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "chunk_size": 16},
     "reformer": {
         "axial_pos_embds": False,
@@ -158,41 +173,11 @@ OVERRIDES = {
     },
 }
 # These compute some of their parts in fp32 whatever they are given.
-SINGLE = {"inkling2_text", "inkling2_loop_text", "xglm", "dory", "granite_swa", "granitemoe_swa"}
-# The parts of a model for text and images: what has no field of its own above.
-PARTS = {
-    "attn_config": {"attn_pdrop": 0},
-    "vision_config": {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "depth": 1,
-        "embed_dim": 16,
-        "num_heads": 2,
-        "image_size": 56,
-        "patch_size": 14,
-        "crop_size": 56,
-        "out_hidden_size": 32,
-        "mlp_dim": 16,
-        "output_channels": 16,
-        "mm_embed_dim": 32,
-        "model_patch_size": 14,
-        "num_soft_tokens": 4,
-    },
-    "audio_config": {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_blocks": 1,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "ext_pw_out_channel": 16,
-        "conv_channels": 16,
-        "nemo_conv_channels": 16,
-        "depthwise_separable_out_channel": 16,
-        "input_size": 8,
-    },
-}
+SINGLE = {"inkling2_text", "inkling2_loop_text", "xglm", "dory", "granite_swa", "granitemoe_swa", "kosmos-2"}
+# transformers maps these names to configurations that the classes of their causal LMs do not take.
+DECODERS = {"musicgen": MusicgenForCausalLM, "musicgen_melody": MusicgenMelodyForCausalLM}
+for _kind in DECODERS.values():
+    AutoModelForCausalLM.register(_kind.config_class, _kind, exist_ok=True)
 
 
 def fields_of(kind: type[PreTrainedConfig]) -> set[str]:
@@ -204,7 +189,8 @@ def fields_of(kind: type[PreTrainedConfig]) -> set[str]:
 
 def config_of(family: str, **options) -> PreTrainedConfig:
     """A tiny configuration of a family (its `model_type`); options on top of what the tables above say."""
-    return _config(CONFIG_MAPPING[family], OVERRIDES.get(family, {}) | options)
+    kind = DECODERS[family].config_class if family in DECODERS else CONFIG_MAPPING[family]
+    return _config(kind, OVERRIDES.get(family, {}) | options)
 
 
 def _config(kind: type[PreTrainedConfig], options: dict) -> PreTrainedConfig:

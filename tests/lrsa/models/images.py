@@ -5,67 +5,73 @@ from __future__ import annotations
 import inspect
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, Gemma3nVisionConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from tests.lrsa.models.build import build_config, config_of
+from tests.lrsa.models.parts import INPUTS, OVERRIDES, PIXELS, PLACES
 from tests.lrsa.models.subject import KINDS_OF_TOKENS, LENGTH, Subject
 
-PIXELS = 56  # height and width of an image: 16 patches of 14
+STAND_INS = {"gemma3n", "perception_lm", "fast_vlm"}  # their encoders of images are timm's, which need torchvision
 
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-HALF_MROPE = {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}}
-# What else it takes to build families, by their parts.
-OVERRIDES = {
-    "qwen2_5_vl paddleocr_vl": {"text_config": MROPE},
-    "qwen2_5_omni_thinker": {"text_config": MROPE, "vision_start_token_id": 52},
-    "qwen3_omni_moe_thinker": {"vision_start_token_id": 52},
-    "glm46v glm4v glm4v_moe glm_ocr glmga": {"text_config": HALF_MROPE},
-    "llava_next llava_next_video llava_onevision": {"image_grid_pinpoints": [[PIXELS, PIXELS]]},
-    "qwen2_vl": {"text_config": MROPE, "vision_config": {"hidden_size": 32}},
-    "internvl": {"vision_config": {"image_size": [PIXELS, PIXELS], "patch_size": [14, 14]}},
-    "gemma3": {"mm_tokens_per_image": 16},
-    "gemma4": {"vision_config": {"pooling_kernel_size": 2}},
-    "aria": {"projector_patch_to_query_dict": {16: 8}},
-    "idefics2": {"perceiver_config": {"resampler_n_latents": 8}},
-    "paligemma": {"projection_dim": 32},
-    "vipllava": {"vision_feature_layers": [-1]},
-    "ernie4_5_vl_moe": {"text_config": MROPE | {"moe_intermediate_size": [16, 16]}},
-}
+
+class Patches(PreTrainedModel):
+    """An encoder of images for Gemma 3n: one convolution."""
+
+    config_class = Gemma3nVisionConfig
+
+    def __init__(self, config: Gemma3nVisionConfig):
+        super().__init__(config)
+        self.patches = torch.nn.Conv2d(3, config.hidden_size, 14, 14)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, **options) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.patches(pixel_values))
+
+
+AutoModel.register(Gemma3nVisionConfig, Patches, exist_ok=True)
+
+
+def _of(table: dict, family: str) -> dict:
+    return next((entry for names, entry in table.items() if family in names.split()), {})
 
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:
     """A tiny random model of a family for text and images, in fp64, with eager attention and experts."""
-    options = next((options for names, options in OVERRIDES.items() if family in names.split()), {})
-    return build_config(config_of(family, **options), seed, AutoModelForImageTextToText)
+    return build_config(config_of(family, **_of(OVERRIDES, family)), seed, AutoModelForImageTextToText)
 
 
 def subject_with_an_image(model: PreTrainedModel) -> Subject:
-    """A model and what its forward takes: `LENGTH` tokens, those of an image among the first, and the image itself."""
+    """A model and what its forward takes: `LENGTH` tokens or more, those of an image among the first, and the image."""
     generator = torch.Generator().manual_seed(3)
     image = _image(model, generator)
-    token = getattr(model.config, "image_token_id", None) or model.config.image_token_index
-    ids = torch.randint(3, 45, (1, LENGTH), generator=generator)
     tokens = _count(model, image)
-    ids[0, 4 : 4 + tokens] = token
+    ids = torch.randint(3, 45, (1, max(LENGTH, tokens + 40)), generator=generator)
+    ids[0, 4 : 4 + tokens] = token = 50
     if (start := getattr(model.config, "vision_start_token_id", None)) is not None:
         ids[0, 3] = start
     for name in KINDS_OF_TOKENS:
         if name in inspect.signature(model.forward).parameters:
             image[name] = (ids == token).long()
-    return Subject(model, {"input_ids": ids} | image, head=4 + tokens)
+    return Subject(model, {"input_ids": ids} | image, head=5 + tokens)
 
 
 def _image(model: PreTrainedModel, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    vision = model.config.vision_config
     takes = set(inspect.signature(model.forward).parameters)
+    vision = getattr(model.config, "vision_config", model.config)
     patch = getattr(vision, "patch_size", 14)
     channels = next((getattr(vision, n) for n in ("in_channels", "in_chans", "num_channels") if hasattr(vision, n)), 3)
 
     def noise(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+    if own := _of(INPUTS, model.config.model_type):
+        image = {name: torch.tensor(x) if isinstance(x, list) else noise(*x) for name, x in own.items()}
+        if "flattened_patches" in image:
+            image["flattened_patches"][0, :, :2] = torch.tensor(PLACES)
+        return image
     if "image_grid_thw" in takes:
-        values = channels * getattr(vision, "temporal_patch_size", 1) * patch**2
+        values = channels * getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1)) * patch**2
         grid = {"image_grid_thw": torch.tensor([[1, 8, 8]])}
         if "image_merge_sizes" in takes:
             grid["image_merge_sizes"] = torch.tensor([2])
@@ -80,19 +86,28 @@ def _image(model: PreTrainedModel, generator: torch.Generator) -> dict[str, torc
     size = getattr(vision, "image_size", PIXELS)
     size = size if isinstance(size, int) else size[0]
     image = {"pixel_values": noise(1, channels, size, size)}
-    if "image_sizes" in inspect.signature(model.get_image_features).parameters:
+    if "image_sizes" in inspect.signature(_owner(model).get_image_features).parameters:
         image["image_sizes"] = torch.tensor([[size, size]])
     if hasattr(model.config, "image_grid_pinpoints"):  # the whole image and one tile of it
         image["pixel_values"] = noise(1, 2, channels, size, size)
     if "pixel_attention_mask" in takes:
         image["pixel_values"] = image["pixel_values"][None]
+    if "tile_fine_mask" in takes:
+        image["pixel_attention_mask"] = torch.ones(1, 1, dtype=torch.bool)
     return image
+
+
+def _owner(model: PreTrainedModel) -> PreTrainedModel:
+    return model if hasattr(model, "get_image_features") else model.model
 
 
 @torch.no_grad()
 def _count(model: PreTrainedModel, image: dict[str, torch.Tensor]) -> int:
     """Tokens that an image takes in a row: vectors that its encoder gives."""
-    found = model.get_image_features(**image, return_dict=True)
-    found = getattr(found, "pooler_output", found)
-    parts = found if isinstance(found, (list, tuple)) else [found]
+    found = _owner(model).get_image_features(**image, return_dict=True)
+    pooled = getattr(found, "pooler_output", found)
+    if pooled is None:
+        deep = getattr(found, "deepstack_features", None)
+        pooled = deep[0][1] if deep else found.last_hidden_state
+    parts = pooled if isinstance(pooled, (list, tuple)) else [pooled]
     return sum(part.numel() for part in parts) // model.config.get_text_config().hidden_size

@@ -53,7 +53,7 @@ def _expand(module, own, c_kv, k_rope):
 
 def _attend(own, text, config, calls, module, query, key, value, attention_mask, *args, **options):
     """The model's own eager attention; a mask that is causal and reaches back to the first token is cut down."""
-    if module.config is not text:  # the encoder of an image
+    if module.config is not text or getattr(module, "is_causal", True) is False:  # the encoder of an image
         return own(module, query, key, value, attention_mask, *args, **options)
     tokens, total = query.shape[2], key.shape[2]
     causal = torch.ones(tokens, total, dtype=torch.bool).tril(total - tokens)

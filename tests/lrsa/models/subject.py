@@ -13,7 +13,7 @@ from tests.lrsa.models.oracle import oracle
 
 CONFIG = LRSAConfig(sink_size=3, lag_size=8, top_k=2)
 LENGTH = 60
-KINDS_OF_TOKENS = ("mm_token_type_ids", "token_type_ids")
+KINDS_OF_TOKENS = ("mm_token_type_ids", "token_type_ids", "image_embeds_position_mask")
 
 
 class Subject:
@@ -22,7 +22,7 @@ class Subject:
     Attributes:
         own: logits of the model's own attention over `ids`; expected: those of the oracle.
         kinds: what the attention calls of the oracle were.
-        image: what the forward takes besides the tokens; head: tokens up to the end of the image, 1 without one.
+        image: what the forward takes besides the tokens; head: tokens up to the first behind the image, 1 without one.
         pads: whether the model itself gives a padded row what it gives the row alone.
     """
 
@@ -31,6 +31,7 @@ class Subject:
         tokens = torch.randint(3, 45, (1, LENGTH), generator=torch.Generator().manual_seed(3))
         self.image = dict(row or {"input_ids": tokens})
         self.ids = self.image.pop("input_ids")
+        self.length = self.ids.shape[1]
         self.pads = True
         self.exact = next(model.parameters()).dtype == torch.float64
         with oracle(model, None), torch.no_grad():
@@ -50,10 +51,15 @@ class Subject:
 
     def inputs(self, length: int, pads: int = 0) -> dict[str, torch.Tensor]:
         """The first tokens of the row behind so many of padding, with the image; longer than the row: more padding."""
-        sizes = (pads, length - LENGTH)
+        sizes = (pads, length - self.length)
         row = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
         row |= {name: self.image[name] for name in KINDS_OF_TOKENS if name in self.image}
         return self.image | {name: F.pad(value, sizes) for name, value in row.items()}
+
+    def batch(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Rows of one length as one batch; images of all rows in one strip where a model takes them so."""
+        strip = {"pixel_values": -1} if "target_sizes" in self.image else {}
+        return {name: torch.cat([row[name] for row in rows], strip.get(name, 0)) for name in rows[0]}
 
     def close(self, found: torch.Tensor, expected: torch.Tensor, own_error: float = 0.0) -> None:
         """Equal to rounding, or as far off as the model is without LRSA (recurrences that compute in fp32)."""
@@ -67,4 +73,9 @@ class Subject:
 
 
 def logits(model, input_ids: torch.Tensor, **options) -> torch.Tensor:
-    return model(input_ids=input_ids, use_cache=False, **options).logits
+    return shown(model(input_ids=input_ids, use_cache=False, **options).logits)
+
+
+def shown(logits: torch.Tensor) -> torch.Tensor:
+    """0 for logits of tokens that a model never generates, next to whose size no error would show."""
+    return logits.masked_fill(logits <= torch.finfo(torch.float32).min, 0.0)

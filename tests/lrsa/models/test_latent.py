@@ -13,6 +13,7 @@ from lrsa.evaluation.report.kept_tokens import kept_tokens
 from tests.lrsa.models import checks
 from tests.lrsa.models.build import LATENT, build
 from tests.lrsa.models.checks import CONFIG, Subject, logits
+from tests.lrsa.models.subject import LENGTH
 from tests.lrsa.models.sweep import judge
 
 LAYERS = {"num_hidden_layers": 2}
@@ -48,10 +49,10 @@ def test_the_cache_holds_latents_of_the_kept_tokens(subject):
         model(subject.ids, **{CACHE_ARGUMENT: cache})
         subject.model(subject.ids, **{CACHE_ARGUMENT: own})
     kept = kept_tokens(model, subject.ids[0].tolist())
-    assert kept.shape == (2, 1, checks.LENGTH), "one selection for all heads"
-    assert CONFIG.kept_length(checks.LENGTH) < checks.LENGTH
+    assert kept.shape == (2, 1, LENGTH), "one selection for all heads"
+    assert CONFIG.kept_length(LENGTH) < LENGTH
     for mine, theirs, held in zip(cache.layers, own.layers, kept[:, 0], strict=True):
-        assert int(held.sum()) == CONFIG.kept_length(checks.LENGTH)
+        assert int(held.sum()) == CONFIG.kept_length(LENGTH)
         if theirs is own.layers[0]:  # further layers have other inputs
             assert torch.allclose(mine.keys, theirs.keys[:, :, held])
             assert torch.allclose(mine.values, theirs.values[:, :, held])
