@@ -35,7 +35,7 @@ def main() -> int:
 def show(options: argparse.Namespace) -> None:
     import lrsa
     from data.sources.records import read_records
-    from lrsa.evaluation.report.kept_tokens import describe, draw_kept_tokens, kept_tokens, read_passage, write_page
+    from lrsa.evaluation.report import kept_tokens as report
     from train.settings.errors import Problem, SettingsError
 
     given = {name: getattr(options, name) for name in ("sink_size", "lag_size", "top_k")}
@@ -49,13 +49,13 @@ def show(options: argparse.Namespace) -> None:
         model, tokenizer, _ = lrsa.load(options.model, config=lrsa.LRSAConfig(**given) if given else None)
     except ValueError as error:
         raise SettingsError([Problem("--model", options.model, f"{error}")]) from error
-    passage = read_passage(tokenizer, texts[0][texts[0].index(options.start) :], options.tokens)
+    passage = report.read_passage(tokenizer, texts[0][texts[0].index(options.start) :], options.tokens)
     config = model.config.lrsa
-    kept = kept_tokens(model, passage.ids)
+    kept, layers = report.kept_tokens(model, passage.ids), report.holding_layers(model)
     options.out.mkdir(parents=True, exist_ok=True)
-    draw_kept_tokens(kept, passage.pieces, config, options.out / "kept_tokens.png")
-    write_page(kept, passage.pieces, config, options.out / "kept_tokens.html")
-    print(describe(kept, config))
+    report.draw_kept_tokens(kept, passage.pieces, config, options.out / "kept_tokens.png", layers)
+    report.write_page(kept, passage.pieces, config, options.out / "kept_tokens.html")
+    print(report.describe(kept, config))
     print(f"wrote {options.out}/kept_tokens.png, kept_tokens.html")
 
 

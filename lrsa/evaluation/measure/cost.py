@@ -12,6 +12,7 @@ from lrsa.cache import CACHE_ARGUMENT, LRSACache
 from lrsa.config import LRSAConfig
 from lrsa.evaluation.measure.state import active_config, causal_lm, in_eval_mode
 from lrsa.hf import compressed_layers
+from lrsa.hf.layers import attends
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,17 @@ class LayerCost:
 
 
 def cache_cost(cache: Cache) -> list[LayerCost]:
-    """Tokens and bytes of every layer of a cache that has been used, `LRSACache` or any other with keys and values.
+    """Tokens and bytes of every layer with keys of its own in a cache that has been used, `LRSACache` or any other.
+
+    Recurrent layers hold no tokens, and layers that share keys none of their own: neither is listed.
 
     Raises:
         ValueError: when the cache is empty.
     """
-    if not cache.layers or any(layer.keys is None for layer in cache.layers):
+    layers = [(i, layer) for i, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
+    if not layers:
         raise ValueError("the cache is empty: run the model over it first.")
-    return [_layer_cost(index, layer) for index, layer in enumerate(cache.layers)]
+    return [_layer_cost(index, layer) for index, layer in layers]
 
 
 def prefill_cost(model, input_ids: Sequence[int]) -> list[LayerCost]:
@@ -57,11 +61,13 @@ def prefill_cost(model, input_ids: Sequence[int]) -> list[LayerCost]:
 def kept_share(model, config: LRSAConfig | None, lengths: Sequence[int]) -> float:
     """Share of the tokens of rows of these lengths that a cache holds when they have been read, over heads and layers.
 
-    It follows from the lengths alone. Layers that slide count as whole.
+    It follows from the lengths alone. Layers that slide count as whole, and recurrent ones, which hold none, not.
     """
     if config is None:
         return 1.0
-    compressed = len(compressed_layers(model, config)) / causal_lm(model).config.get_text_config().num_hidden_layers
+    text = causal_lm(model).config.get_text_config()
+    attending = sum(attends(text, layer) for layer in range(text.num_hidden_layers))
+    compressed = len(compressed_layers(model, config)) / attending
     return 1 - compressed + compressed * sum(map(config.kept_length, lengths)) / sum(lengths)
 
 

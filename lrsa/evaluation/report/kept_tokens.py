@@ -16,6 +16,7 @@ from lrsa.config import LRSAConfig
 from lrsa.evaluation.extra import extra
 from lrsa.evaluation.measure.state import active_config, causal_lm, in_eval_mode
 from lrsa.hf import has_latents, sliding_windows
+from lrsa.hf.layers import attends
 from lrsa.latent import scored
 from lrsa.selection import select_tokens
 
@@ -57,9 +58,9 @@ def kept_tokens(model, input_ids: Sequence[int]) -> torch.Tensor:
         input_ids: the row.
 
     Returns:
-        bool `[layers, KV heads, tokens]`, true where that head of that layer still holds the token (one head
-        where all share their latents): at the end of its
-        sliding window, in a layer that has one.
+        bool `[layers, KV heads, tokens]`, true where that head of that layer still holds the token: at the end of its
+        sliding window, in a layer that has one. The layers are `holding_layers(model)`. One head where all share their
+        latents; a layer with fewer heads than another repeats them.
 
     Raises:
         ValueError: when the model's attention is dense, so that there are no settings.
@@ -73,14 +74,21 @@ def kept_tokens(model, input_ids: Sequence[int]) -> torch.Tensor:
         lm.base_model(input_ids=ids, **{CACHE_ARGUMENT: cache})
     score_by = scored if has_latents(lm) else lambda *states: states
     windows, position = sliding_windows(lm.config), torch.arange(len(input_ids))
-    return torch.stack(
-        [
-            (position >= len(input_ids) - held(len(input_ids), window)).expand(layer.keys.shape[1], -1)
-            if window
-            else _held(*score_by(layer.keys, layer.values), config.for_layer(index))
-            for index, (layer, window) in enumerate(zip(cache.layers, windows, strict=True))
-        ]
-    )
+    rows = [
+        (position >= len(input_ids) - held(len(input_ids), windows[index])).expand(layer.keys.shape[1], -1)
+        if windows[index]
+        else _held(*score_by(layer.keys, layer.values), config.for_layer(index))
+        for index, layer in ((index, cache.layers[index]) for index in holding_layers(model))
+    ]
+    heads = max(map(len, rows))
+    return torch.stack([row.repeat_interleave(heads // len(row), 0) for row in rows])
+
+
+def holding_layers(model) -> list[int]:
+    """Indices of the layers that hold keys of their own: not recurrent ones, nor those that share another's."""
+    text = causal_lm(model).config.get_text_config()
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    return [layer for layer in range(own) if attends(text, layer)]
 
 
 def _held(keys: torch.Tensor, values: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
@@ -95,8 +103,14 @@ def near(tokens: int, config: LRSAConfig) -> int:
     return config.sink_size + config.compressed_windows(tokens) * config.lag_size
 
 
-def draw_kept_tokens(kept: torch.Tensor, pieces: Sequence[str], config: LRSAConfig, path: str | Path) -> None:
-    """Write a picture: tokens against layers and their KV heads, and below it the text, shaded by how many keep it."""
+def draw_kept_tokens(
+    kept: torch.Tensor, pieces: Sequence[str], config: LRSAConfig, path: str | Path, names: Sequence[int] | None = None
+) -> None:
+    """Write a picture: tokens against layers and their KV heads, and below it the text, shaded by how many keep it.
+
+    Args:
+        names: indices of the layers, from `holding_layers`; without it they are numbered from 0.
+    """
     colors, patches = extra("matplotlib.colors"), extra("matplotlib.patches")
     layers, heads, tokens = kept.shape
     lines = _lines(pieces)
@@ -113,7 +127,8 @@ def draw_kept_tokens(kept: torch.Tensor, pieces: Sequence[str], config: LRSAConf
         grid.axhline(border - 0.5, color="black", linewidth=0.8)
     for border in range(config.sink_size, tokens, config.lag_size):
         grid.axvline(border - 0.5, color="#D55E00", linewidth=0.5)
-    grid.set_yticks([layer * heads + (heads - 1) / 2 for layer in range(layers)], [f"layer {i}" for i in range(layers)])
+    middles = [layer * heads + (heads - 1) / 2 for layer in range(layers)]
+    grid.set_yticks(middles, [f"layer {name}" for name in names or range(layers)])
     grid.set(xlabel="token; windows are divided by thin lines", ylabel=f"{heads} KV heads each")
     figure.legend(
         handles=[patches.Patch(facecolor=c, edgecolor="#999999", label=n) for c, n in zip(COLOURS, NAMES, strict=True)],
