@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,13 @@ SHAPES = {
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 128, 151936),
     "qwen2.5-7b": (28, 3584, 18944, 28, 4, 128, 152064),
     "llama-3-8b": (32, 4096, 14336, 32, 8, 128, 128256),
+}
+
+PARTS = {  # of a step, by words in the names of its operators
+    "attention and selection": ("lrsa", "scaled_dot_product", "flash", "topk", "sort"),
+    "loss over the vocabulary": ("log_softmax", "logsoftmax", "nll", "cross_entropy"),
+    "matrix products": ("mm", "linear"),
+    "copies, casts, zeros": ("copy", "clone", "fill", "zero", "cat", "_to"),
 }
 
 
@@ -144,6 +152,33 @@ def run_length(options, model, optimiser, length: int, config: LRSAConfig) -> li
     ]
 
 
+def parts_of(options, model, optimiser, length: int, config: LRSAConfig) -> str:
+    """Where the time of a step goes, by torch's profiler: own time of the operators."""
+    ids = torch.randint(0, model.config.vocab_size, (1, length), device=options.device)
+    sides = {
+        "dense": lambda: loss_of(remove_lrsa(model), ids),
+        "LRSA": lambda: loss_of(apply_lrsa(model, config), ids),
+        "LRSA, selection loss": lambda: taught_loss(model, ids, config),
+    }
+    shares = {}
+    for name, loss in sides.items():
+        step(loss, optimiser)
+        with torch.profiler.profile() as profile:
+            step(loss, optimiser)
+        times = Counter()
+        for event in profile.key_averages():
+            times[_part(event.key)] += event.self_cpu_time_total + event.self_device_time_total
+        shares[name] = {part: time / sum(times.values()) for part, time in times.items()}
+    lines = [f"| {length} tokens, share of the time | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
+    for part in (*PARTS, "other"):
+        lines.append(f"| {part} | " + " | ".join(f"{shares[name].get(part, 0):.0%}" for name in sides) + " |")
+    return "\n".join(lines)
+
+
+def _part(operator: str) -> str:
+    return next((part for part, words in PARTS.items() if any(word in operator.lower() for word in words)), "other")
+
+
 def table(rows: list[dict]) -> str:
     head = "| tokens | step | tokens/s | times dense (lowest-highest) | peak GiB |\n|---|---|---|---|---|\n"
     lines = [
@@ -160,6 +195,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b" if measure.ON_GPU else "tiny")
     parser.add_argument("--keep", action="store_true", help="keep activations instead of computing them again")
+    parser.add_argument("--split", action="store_true", help="also say where the time goes, by torch's profiler")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to fit a small machine")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[16384, 65536] if measure.ON_GPU else [2048, 4096, 8192]
@@ -170,7 +206,9 @@ def main() -> None:
     rows = []
     for length in options.lengths:
         rows += run_length(options, model, optimiser, length, measure.config_of(options, options.setting))
-        print("\n".join(table(rows).splitlines()[-3:]), flush=True)
+        print("\n".join(table(rows).splitlines()[-4:]), flush=True)
+        if options.split:
+            print(parts_of(options, model, optimiser, length, measure.config_of(options, options.setting)), flush=True)
     measure.save(options, "step", rows, table(rows))
     print(
         f"\n{measure.machine(options.device)}, torch {torch.__version__}, {options.shape}, lag:top_k {options.setting}"
