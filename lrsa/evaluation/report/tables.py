@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +63,10 @@ def measurements(results: Results) -> str:
         _measured(results),
         *([f"**Warning:** {results.warning}."] if results.warning else []),
         f"![Scores against keep ratio]({PICTURE})",
-        *(f"## {TITLES[metric]}\n\n{markdown_table(_score_rows(results, metric))}" for metric in results.metrics),
+        *(
+            f"## {TITLES[metric]}\n\n{markdown_table(_score_rows_with_bytes(results, metric))}"
+            for metric in results.metrics
+        ),
     ]
     if by_length := _length_rows(results):
         sections.append(f"## By length ({results.metrics[0].replace('_', ' ')})\n\n{markdown_table(by_length)}")
@@ -122,6 +125,13 @@ def _score_rows(results: Results, metric: str) -> list[list[str]]:
     return rows
 
 
+def _score_rows_with_bytes(results: Results, metric: str) -> list[list[str]]:
+    """A page is wider than a terminal."""
+    shares = ["of its bytes", *(_whole(setting.cost)[-1] for setting in results.settings)]
+    rows = zip(_score_rows(results, metric), shares, strict=True)
+    return [[name, share, *scores] for (name, *scores), share in rows]
+
+
 def _length_rows(results: Results) -> list[list[str]]:
     """The headline in up to four groups of equally many rows, from short to long; nothing for rows of one length."""
     lengths = results.rows.get("lengths", [])
@@ -165,20 +175,27 @@ def _cost_title(results: Results) -> str:
 
 
 def _cost_rows(results: Results) -> list[list[str]]:
-    """One line per setting and group of layers that cost the same."""
-    rows = [["cache", "layers", "kept per head", "memory per layer", "full cache", "share"]]
+    """For every setting a line on each group of layers that cost the same, and one on all layers together."""
+    rows = [["cache", "layers", "kept per head", "memory", "full cache", "share"]]
     for setting in results.settings:
         name = setting_name(results, setting).removesuffix(" (trained)")
-        for layers, cost in _alike(setting.cost):
-            rows.append([name, layers, f"{cost.kept} of {cost.seen}", *_sizes(cost.bytes, cost.full_bytes)])
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for layer in setting.cost:
+            numbers = f"{layer.kept} of {layer.seen}", *_sizes(layer.bytes, layer.full_bytes)
+            groups.setdefault(numbers, []).append(layer.layer)
+        rows += [[name, f"each of {_ranges(layers)}", *numbers] for numbers, layers in groups.items()]
+        rows.append([name, "all", "", *_whole(setting.cost)])
     return rows
 
 
-def _alike(cost: list[LayerCost]) -> Iterable[tuple[str, LayerCost]]:
-    for _, group in groupby(cost, key=lambda layer: (layer.seen, layer.kept, layer.bytes, layer.full_bytes)):
-        layers = list(group)
-        first, last = layers[0].layer, layers[-1].layer
-        yield (f"{first}-{last}" if first < last else f"{first}"), layers[0]
+def _ranges(layers: list[int]) -> str:
+    """0-17, 19-22, 24"""
+    runs = [[place for _, place in run] for _, run in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _whole(cost: list[LayerCost]) -> list[str]:
+    return _sizes(sum(layer.bytes for layer in cost), sum(layer.full_bytes for layer in cost))
 
 
 def _sizes(used: int, full: int) -> list[str]:

@@ -47,11 +47,11 @@ def scores_of(results):
     return {(model, name): cell.scores for model, cells in results.cells.items() for name, cell in cells.items()}
 
 
-def run(adapted, rows=None, **options):
+def run(adapted, rows=None, config=CONFIG, **options):
     adapters = {"base": None, "control": "control", "lrsa": "default"}
     models = {name: Variant(adapted, adapter) for name, adapter in adapters.items()}
     options = {"keep_ratios": (0.5, 0.25), "progress": False} | options
-    return compare(models, None, rows or make_rows(), "loss", CONFIG, **options)
+    return compare(models, None, rows or make_rows(), "loss", config, **options)
 
 
 def test_every_cell_is_the_named_adapter_under_the_named_setting(adapted):
@@ -129,6 +129,17 @@ def test_measured_cost_stands_in_the_results(adapted):
     settings = run(adapted, rows=[{"input_ids": list(range(42))}, {"input_ids": list(range(9))}]).settings
     kept = [[layer.kept for layer in setting.cost] for setting in settings]
     assert kept == [[42] * 3, [2 + 4 * 4 + 8] * 3, [2 + 4 * 2 + 8] * 3, [2 + 4 * 1 + 8] * 3]
+
+
+def test_report_says_what_layers_hold_alone_and_together(adapted):
+    results = run(adapted, rows=[{"input_ids": list(range(48)) * 5}], config=LRSAConfig(2, 8, 1, skip_layers=[1]))
+    cost = results.settings[-1].cost
+    whole = sum(layer.bytes for layer in cost) / sum(layer.full_bytes for layer in cost)
+    report = markdown(results)
+    assert f"| keep 1/8 | each of 0, 2 | {cost[0].kept} of 240 |" in report
+    assert "| keep 1/8 | each of 1 | 240 of 240 |" in report
+    assert f"| keep 1/8 (trained) | {whole:.1%} | {results.score('base', '1/8')} |" in report
+    assert re.search(rf"\| keep 1/8 \| all \|  \| .* \| {whole:.1%} \|", report)
 
 
 def test_files_can_be_read_and_hold_everything(adapted, tmp_path):
