@@ -89,6 +89,24 @@ def test_a_run_on_several_sources(workplace):
     assert stored.sources[1].path == str(workplace / "text.jsonl") and stored.sources[0].weight == 2
 
 
+@pytest.mark.slow
+def test_a_run_is_resumed_after_a_source_has_moved(workplace, capsys):
+    config = json.loads((workplace / "run.yaml").read_text())
+    config["data"] = {"sources": SOURCES, "context_length": 128}
+    (workplace / "mixed.yaml").write_text(json.dumps(config | {"eval": {"enabled": False}}))
+    options = ["train.output_dir=runs/moved", "train.max_steps=2"]
+    assert run_here(workplace, *options, config="mixed.yaml") == 0
+    (workplace / "runs" / "moved" / "adapter_model.safetensors").unlink()
+    stored = workplace / "runs" / "moved" / "config.yaml"
+    stored.write_text(stored.read_text().replace("path: ../../text.jsonl", "path: /gone/text.jsonl"))
+    assert run_here(workplace, *options, config="mixed.yaml", resume=True) == 2
+    told = capsys.readouterr().err
+    assert "data.sources.1.path: was '/gone/text.jsonl'" in told and "data.sources.0.path=..." in told
+    assert "sources.0.path: was" not in told
+    assert run_here(workplace, *options, "data.sources.1.path=text.jsonl", config="mixed.yaml", resume=True) == 0
+    assert "path: ../../text.jsonl" in stored.read_text()
+
+
 def test_a_streamed_run_resumes_at_the_row(workplace, monkeypatch):
     monkeypatch.setattr(mixture, "BLOCK", 8)
     config = json.loads((workplace / "run.yaml").read_text())

@@ -11,11 +11,11 @@ from filelock import FileLock, Timeout
 from data.report import REPORT_NAME, DataReport
 from train.adapter import ADAPTER_NAME
 from train.resume.checkpoints import STATE, checkpoints
-from train.settings.errors import Problem, SettingsError
+from train.settings.errors import FieldPath, Problem, SettingsError
 from train.settings.load import RunSettings, load_settings
 from train.settings.paths import PATHS
 from train.settings.schema import SECTIONS, TrainSettings
-from train.settings.sources import read_source, shown
+from train.settings.sources import is_part, read_source, shown
 
 CONFIG_NAME = "config.yaml"
 PUBLISHED_NAME = "hub"  # what launch/publish.py sent or would send
@@ -30,7 +30,7 @@ WRITTEN = (
 LENGTHS = ("max_steps", "num_train_epochs", "max_minutes")  # what the schedule of the learning rate is stretched over
 WHEN_MOVED = (
     "what has moved, and is no longer in its old place, is accepted in its new one when the command line names it: "
-    "--set model.name_or_path=..."
+    "--set model.name_or_path=..., or data.sources.0.path=..."
 )
 # Settings of `train` that a checkpoint holds, or that order the rows: a change would be ignored, or be half of one.
 IN_CHECKPOINTS = (
@@ -160,8 +160,9 @@ def _refuse_other_settings(settings: RunSettings, directory: Path) -> list[str]:
         raise SettingsError([*error.problems, Problem("", "--resume", text)]) from error
     problems = []
     for section in (name for name in SECTIONS if name not in ("train", "eval")):
-        was, now = before.to_dict()[section], settings.to_dict()[section]
-        problems += [_changed(path, section, name, was[name], now[name]) for name in now if was[name] != now[name]]
+        was, now = (_settings(run.to_dict()[section]) for run in (before, settings))
+        changed = [name for name in was | now if was.get(name) != now.get(name)]
+        problems += [_changed(path, section, name, was.get(name), now.get(name)) for name in changed]
     for name in IN_CHECKPOINTS:
         was, now = getattr(before.train, name, None), getattr(settings.train, name, None)
         problems += [_changed(path, "train", name, was, now)] if was != now else []
@@ -183,20 +184,39 @@ def _refuse_other_settings(settings: RunSettings, directory: Path) -> list[str]:
 
 def _moved(path: Path, settings: RunSettings) -> list[str]:
     """Local paths in a run's config.yaml that are gone and that the command line names anew, as overrides."""
-    stored, overrides = read_source(str(path), []), []
-    for section, name in [(section, name) for section, names in PATHS.items() for name in names]:
-        was = stored.values.get(section, {}).get(name)
+    stored, now, overrides = read_source(str(path), []), settings.to_dict(), []
+    places = [((section,), names) for section, names in PATHS.items()]
+    places += [(("data", "sources", n), PATHS["data"]) for n in range(len(now["data"].get("sources") or []))]
+    for place in [(*section, name) for section, names in places for name in names]:
+        was = _value(stored.values, place)
         parts = [part for part in (was if isinstance(was, list) else [was]) if isinstance(part, str)]
         local = [part for part in parts if Path(part).is_absolute() or part.startswith(".")]
-        gone = any(stored.find(section, name, part) is None for part in local)
-        if gone and (section, name) in settings.from_command_line:
-            overrides.append(f"{section}.{name}={json.dumps(getattr(getattr(settings, section), name))}")
+        gone = any(stored.find(place, part) is None for part in local)
+        if gone and is_part(place, settings.from_command_line):
+            overrides.append(f"{'.'.join(map(str, place))}={json.dumps(_value(now, place))}")
     return overrides
+
+
+def _settings(values: dict) -> dict:
+    """The settings of a section, those of every source under names such as `sources.0.path`."""
+    listed = values.get("sources") or []
+    own = {f"sources.{number}.{name}": value for number, one in enumerate(listed) for name, value in one.items()}
+    return {name: value for name, value in values.items() if name != "sources"} | own
+
+
+def _value(values: object, place: FieldPath) -> object:
+    """What stands at a place in sections of plain values, None where there is nothing."""
+    for part in place:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return values
 
 
 def _changed(path: Path, section: str, name: str, was: object, now: object) -> Problem:
     way = "--resume continues with the same settings only"
-    if name in PATHS.get(section, ()):
+    if name.rpartition(".")[2] in PATHS.get(section, ()):
         way += f"; {WHEN_MOVED}"
     return Problem(shown(path), f"{section}.{name}", f"was {was!r} when this run began, is {now!r}: {way}")
 

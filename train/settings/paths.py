@@ -46,7 +46,7 @@ def _each(value, change: Callable[[str], str]):
     return change(value) if isinstance(value, str) else value
 
 
-def with_data_files(source: Source, values: dict) -> dict:
+def with_data_files(source: Source, values: dict, place: FieldPath = ("data",)) -> dict:
     """`data` with local paths made absolute.
 
     A path that is not found stays as it is: it may name a data set on the Hub, which only loading can tell. Where the
@@ -55,14 +55,16 @@ def with_data_files(source: Source, values: dict) -> dict:
     result, listed = dict(values), values.get("sources")
     for name in PATHS["data"]:
         if name in values:
-            result[name] = _each(values[name], lambda path, name=name: str(source.find("data", name, path) or path))
-    if ("data", "path") in source.from_command_line and isinstance(result["path"], str) and names_files(result["path"]):
-        of_the_other = {
-            name for name in ("name", "split", "eval_split") if ("data", name) not in source.from_command_line
-        }
-        result = {name: value for name, value in result.items() if name not in of_the_other}
+            result[name] = _each(values[name], lambda path, name=name: str(source.find((*place, name), path) or path))
+    path, given = result.get("path"), source.from_command_line
+    if (*place, "path") in given and isinstance(path, str) and names_files(path):
+        theirs = [name for name in ("name", "split", "eval_split") if (*place, name) not in given]
+        result = {name: value for name, value in result.items() if name not in theirs}
     if isinstance(listed, list):
-        result["sources"] = [with_data_files(source, one) if isinstance(one, dict) else one for one in listed]
+        result["sources"] = [
+            with_data_files(source, one, (*place, "sources", number)) if isinstance(one, dict) else one
+            for number, one in enumerate(listed)
+        ]
     return result
 
 
@@ -71,7 +73,7 @@ def with_model_files(source: Source, values: dict, problems: dict[FieldPath, str
     result = dict(values)
     name, template = values.get("name_or_path"), values.get("chat_template")
     if isinstance(name, str) and name:
-        path = source.find("model", "name_or_path")
+        path = source.find(("model", "name_or_path"), name)
         if path is not None and path.is_dir():
             result["name_or_path"] = str(path)
             file = values.get("gguf_file")
@@ -82,7 +84,7 @@ def with_model_files(source: Source, values: dict, problems: dict[FieldPath, str
         elif path is not None or name.startswith((".", "/", "~")) or name.count("/") > 1:
             problems["model", "name_or_path"] = f"no such model directory: {name}"
     if isinstance(template, str) and template != "none":
-        path = source.find("model", "chat_template")
+        path = source.find(("model", "chat_template"), template)
         if path is not None and path.is_file():
             result["chat_template"] = str(path)
         else:
@@ -93,7 +95,7 @@ def with_model_files(source: Source, values: dict, problems: dict[FieldPath, str
 def with_adapter_files(source: Source, values: dict, problems: dict[FieldPath, str]) -> dict:
     """`lora` with a local adapter's path made absolute; a name that can be no Hub id must be a directory."""
     name = values.get("init_from")
-    path = source.find("lora", "init_from") if isinstance(name, str) and name else None
+    path = source.find(("lora", "init_from"), name) if isinstance(name, str) and name else None
     if path is not None and path.is_dir():
         return values | {"init_from": str(path)}
     if isinstance(name, str) and (path is not None or name.startswith((".", "/", "~")) or name.count("/") != 1):
@@ -108,7 +110,7 @@ def check_deepspeed(source: Source, values: dict, problems: dict[FieldPath, str]
         return values
     content = name
     if isinstance(name, str):
-        path = source.find("train", "deepspeed")
+        path = source.find(("train", "deepspeed"), name)
         if path is None or not path.is_file():
             looked = f"looked here, in {shown(source.file.parent)} and in the repository"
             problems["train", "deepspeed"] = f"no such DeepSpeed file: {name} ({looked})"

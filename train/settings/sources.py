@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Set
 from dataclasses import dataclass, field
 from glob import has_magic, iglob
 from pathlib import Path
@@ -35,12 +36,11 @@ class Source:
     def problem(self, path: FieldPath, text: str) -> Problem:
         return Problem(self.where(path), ".".join(str(part) for part in path), text)
 
-    def find(self, section: str, name: str, path: str | None = None) -> Path | None:
-        """The file or directory that a setting (or `path`, a part of it) names, None when there is none: seen from the
+    def find(self, place: FieldPath, name: str) -> Path | None:
+        """The file or directory that the setting at `place` names, None when there is none: seen from the
         configuration's folder (for `--set` from here), from here, or from the repository."""
         here = [Path.cwd(), self.file.resolve().parent]
-        path = self.values[section][name] if path is None else path
-        return find_file(path, here if (section, name) in self.from_command_line else here[::-1])
+        return find_file(name, here if is_part(place, self.from_command_line) else here[::-1])
 
     def where(self, path: FieldPath) -> str:
         """`--set`, or `file:line` of the field or of the nearest section above it that was written."""
@@ -54,15 +54,20 @@ class Source:
 
     def _line(self, path: FieldPath) -> int | None:
         """The line of a field, 0 where nothing of it was written, None on the command line."""
-        above = [path[:length] for length in range(len(path), 0, -1)]
-        if any(part in self.from_command_line for part in above):
+        if is_part(path, self.from_command_line):
             return None
+        above = [path[:length] for length in range(len(path), 0, -1)]
         for part in above:
             if part in self.lines:
                 return self.lines[part]
             if any(written[: len(part)] == part for written in self.from_command_line):
                 return None
         return 0
+
+
+def is_part(path: FieldPath, written: Set[FieldPath]) -> bool:
+    """Whether a field, or a section or list that it is in, is one of those that were written."""
+    return any(path[:length] in written for length in range(1, len(path) + 1))
 
 
 def read_source(config: str, overrides: list[str]) -> Source:
@@ -133,13 +138,21 @@ def _apply_override(source: Source, override: str) -> None:
     if told := [text for _, text in parsed.broken] + [text for *_, text in parsed.twice]:
         source.problems.append(Problem("--set", name, told[0]))
         return
-    target = source.values
-    for part in path[:-1]:
-        if not isinstance(target.get(part), dict):
+    target, place = source.values, ()
+    for part, last in zip(path, [*[False] * (len(path) - 1), True], strict=True):
+        listed = isinstance(target, list)
+        if listed and not (part.isdecimal() and int(part) < len(target)):
+            text = f"{'.'.join(map(str, place))} is a list: write a number from 0 to {len(target) - 1}, got {part}"
+            source.problems.append(Problem("--set", name, text))
+            return
+        part = int(part) if listed else part
+        place += (part,)
+        if last:
+            target[part] = parsed.values
+        elif not isinstance(target[part] if listed else target.get(part), dict | list):
             target[part] = {}
         target = target[part]
-    target[path[-1]] = parsed.values
-    source.from_command_line.add(path)
+    source.from_command_line.add(place)
 
 
 @dataclass

@@ -31,6 +31,17 @@ def test_an_override_makes_the_sections_it_needs(load):
     assert settings.lrsa.top_k == 4 and settings.data.columns == {"question": "q"} and not settings.eval.enabled
 
 
+def test_an_override_reaches_into_a_list(load):
+    sources = "  sources:\n  - {kind: qa, path: q.json}\n  - {kind: text, path: a.txt}\n"
+    text = GOOD.replace("  kind: qa\n  path: questions.json\n", sources)
+    settings = load(text, "data.sources.1.eval_rows=5", "data.sources.0.path=b.json")
+    assert [source.eval_rows for source in settings.data.sources] == [200, 5]
+    assert [source.path for source in settings.data.sources] == ["b.json", "a.txt"]
+    for part in ("2", "text.jsonl", "-1"):
+        [told] = load(text, f"data.sources.{part}.eval_rows=5")
+        assert told.endswith(f": data.sources is a list: write a number from 0 to 1, got {part.partition('.')[0]}")
+
+
 def test_files_are_found_from_here_from_the_configuration_and_from_the_repository(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "questions.json").write_text("[]")
