@@ -219,7 +219,7 @@ def plan_run(
         packed_bytes=_packed_bytes(settings),
         autocast=half and stage == 0 and not train.deepspeed,
         dropout=settings.lora.lora_dropout > 0,
-        checkpointing=train.checkpointing,
+        checkpointing=train.activation_checkpointing,
         offloading=train.activation_offloading,
         zero_stage=stage,
         offload_optimizer=_offloaded(zero, "offload_optimizer"),

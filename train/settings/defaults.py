@@ -34,12 +34,15 @@ def with_defaults(settings: RunSettings, *, use_cpu: bool | None = None) -> RunS
     on_gpu = not given["use_cpu"]
     if given.get("bf16") is None:
         given["bf16"] = on_gpu and not settings.train.fp16 and (elsewhere or torch.cuda.is_bf16_supported())
+    older = given.pop("gradient_checkpointing", None)  # transformers warns that this name will go away
+    if given.get("activation_checkpointing") is None:
+        given["activation_checkpointing"] = on_gpu if older is None else older
     ours = {"output_dir": f"runs/{settings.file.stem}"}
     ours |= {"max_length": settings.data.context_length} if given.get("packing") else {}
     given |= {name: value for name, value in ours.items() if given.get(name) is None}
     if settings.train.early_stopping_patience:
         given.setdefault("load_best_model_at_end", True)
-    train = TrainSettings(**{name: getattr(settings.train, name) for name in STORED} | _checkpointing(given, on_gpu))
+    train = TrainSettings(**{name: getattr(settings.train, name) for name in STORED} | given)
     model = settings.model
     if model.dtype == "auto":
         precise = "bfloat16" if train.bf16 else "float16" if train.fp16 else "float32"
@@ -55,12 +58,3 @@ def _objective(settings: RunSettings) -> ObjectiveSettings:
     best = {"selection": SELECTION if answers else 0.0, "keep_ratios": [1.0, settings.lrsa.keep_ratio]}
     unset = {name: value for name, value in best.items() if getattr(settings.objective, name) is None}
     return settings.objective.model_copy(update=unset)
-
-
-def _checkpointing(given: dict, on_gpu: bool) -> dict:
-    """Recompute activations on a GPU, where memory is short. Of the two names of the setting the newer one is used,
-    where transformers has it: it warns that the older one will go away."""
-    newer, older = "activation_checkpointing", "gradient_checkpointing"
-    rest = {name: value for name, value in given.items() if name not in (newer, older)}
-    value = next((given[name] for name in (newer, older) if given.get(name) is not None), on_gpu)
-    return rest | {newer if newer in TrainSettings.model_fields else older: value}

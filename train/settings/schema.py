@@ -152,11 +152,6 @@ class TrainerSection(Section):
         ),
     }
 
-    @property
-    def checkpointing(self) -> bool:
-        """Whether activations are recomputed in the backward pass, under whichever name transformers has for it."""
-        return bool(getattr(self, "activation_checkpointing", None) or self.gradient_checkpointing)
-
     def given(self) -> dict[str, Any]:
         """What the configuration and our defaults set; the rest is left to SFTConfig itself."""
         return self.model_dump(exclude_unset=True)

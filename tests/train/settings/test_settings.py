@@ -109,9 +109,9 @@ def test_only_what_is_set_goes_to_trl(load):
 
 def test_defaults_for_another_machine(load):
     on_gpu = with_defaults(load(GOOD), use_cpu=False)
-    assert on_gpu.train.bf16 and on_gpu.train.checkpointing and on_gpu.model.dtype == "bfloat16"
+    assert on_gpu.train.bf16 and on_gpu.train.activation_checkpointing and on_gpu.model.dtype == "bfloat16"
     on_cpu = with_defaults(load(GOOD), use_cpu=True)
-    assert not on_cpu.train.bf16 and not on_cpu.train.checkpointing and on_cpu.model.dtype == "float32"
+    assert not on_cpu.train.bf16 and not on_cpu.train.activation_checkpointing and on_cpu.model.dtype == "float32"
     assert with_defaults(load(GOOD, "train.fp16=true"), use_cpu=False).model.dtype == "float16"
 
 
