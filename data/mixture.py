@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import chain, count, islice
 
 import datasets
 
@@ -52,24 +52,26 @@ class Source:
 
     def stream(self) -> Iterator[Row]:
         """The rows to train on, made block by block, always the same ones."""
-        blocks = (self._made(number, records).train for number, records in enumerate(self._blocks([])))
-        return islice((row for rows in blocks for row in rows), self.settings.max_rows)
+        later = (self._made(number, records).train for number, records in enumerate(self._blocks([])) if number)
+        return islice(chain(self.rows.train, chain.from_iterable(later)), self.settings.max_rows)
 
     def _first_rows(self) -> Rows:
         notes: list[str] = []
-        rows = self._made(0, next(self._blocks(notes)))
+        records = next(self._blocks(notes))
+        evaluation = read_evaluation_records(self.settings, notes)
+        rows = self._made(0, dataclasses.replace(records, evaluation=evaluation))
         rows.notes[:0] = notes
         return rows
 
     def _blocks(self, notes: list[str]) -> Iterator[Records]:
-        """The records, all at once unless streaming."""
+        """The records to train on, all at once unless streaming."""
         settings = self.settings
         if settings.path is None:
             yield from (Records([]) for _ in range(0, settings.synthetic.rows, BLOCK))
             return
-        source, evaluation = (settings.path, settings.name, settings.split), read_evaluation_records(settings, notes)
+        source = (settings.path, settings.name, settings.split)
         if not settings.streaming:
-            yield Records(read_records(*source, notes=notes), evaluation)
+            yield Records(read_records(*source, notes=notes))
             return
         records = iterate_records(*source, notes=notes, stream=True)
         for number in count():
@@ -78,7 +80,7 @@ class Source:
                 raise DataError(f"{settings.source}: there is no record in it (split {settings.split}).")
             if not block:
                 return
-            yield Records(block, evaluation if number == 0 else None, first=number * BLOCK)
+            yield Records(block, first=number * BLOCK)
 
     def _made(self, number: int, records: Records) -> Rows:
         """Rows of a block; all evaluation rows come from the first one."""
@@ -89,7 +91,14 @@ class Source:
             changes["synthetic"] = settings.synthetic.model_copy(update={"rows": max(rows, 1)})
         held = self.held | self.rows.held if number else self.held
         records, seed = dataclasses.replace(records, held=held), self.seed + 1_000_003 * number
-        return MAKE[settings.kind](settings.model_copy(update=changes), self.tokenizer, seed, self.turn, records)
+        rows = MAKE[settings.kind](settings.model_copy(update=changes), self.tokenizer, seed, self.turn, records)
+        plain = None if rows.prompt is None else dataclasses.replace(PromptFormat.plain(self.tokenizer), lead="")
+        if number and rows.train and (rows.prompt == plain) != (self.rows.prompt == plain):
+            raise DataError(
+                f"{settings.source}: among the records from {records.first} on prompts and completions are texts where "
+                "before they were messages, or the other way round: put them into files of their own."
+            )
+        return rows
 
 
 def read_sources(settings: DataSettings, tokenizer, seed: int) -> list[Source]:

@@ -36,14 +36,16 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
     result = Rows(source=settings.origin)
     chats = read_chats(records.train, settings.columns, settings.source, result.dropped, records.first)
     chats = _distinct(chats, result.dropped)
-    builder = _Builder(settings, tokenizer, turn, chats)
     rng = np.random.default_rng([seed, 0])
     subjects = dict(zip(map(id, chats), _subjects(chats), strict=True))
+    held = [] if records.evaluation is None else read_chats(
+        records.evaluation, settings.columns, settings.evaluation_source, result.evaluation_dropped
+    )  # fmt: skip
+    builder = _Builder(settings, tokenizer, turn, [*chats, *held])
     if records.evaluation is None:
         evaluation, held = _held_out(chats, subjects, builder, settings, rng, result)
         result.held = {form for chat in held for form in subjects[id(chat)]}
     else:
-        held = read_chats(records.evaluation, settings.columns, settings.evaluation_source, result.evaluation_dropped)
         evaluation, more = drawn(
             held, settings.eval_rows, rng, partial(builder.rows, dropped=result.evaluation_dropped)
         )
@@ -158,12 +160,12 @@ class _Builder:
                     "they are texts: put the two into files of their own, and name both in data.sources."
                 )
             self.turn = dataclasses.replace(PromptFormat.plain(tokenizer), lead="")
-        elif not tokenizer.chat_template:
+        elif chats and not tokenizer.chat_template:
             raise DataError(
                 f"{settings.source}: chats need a chat template, the tokenizer has none: set model.chat_template to "
                 "a Jinja file, such as that of the instruct model of the same family."
             )
-        else:
+        elif chats:
             self.renderer = Renderer(self.encoder, turn)
             if 2 * self.reasoning > len(answers):
                 self.turn = self.renderer.generation_prompt()

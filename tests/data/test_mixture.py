@@ -1,6 +1,7 @@
 """Several sources in one run, and rows that are made as they are needed."""
 
 import json
+import os
 from itertools import islice
 
 import pytest
@@ -114,6 +115,38 @@ def test_a_stream_has_the_rows_of_all_blocks_in_order(kind, files, chatml, monke
     state = [next(stream) for _ in range(9)] and corpus.train.state_dict()
     corpus.train.load_state_dict(state)
     assert [row["input_ids"] for row in corpus.train] == first[9:], "it resumes at the row"
+
+
+def test_a_stream_makes_its_first_block_once_and_reads_no_evaluation_rows_again(files, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(mixture, "BLOCK", 8)
+    settings = data.DataSettings(
+        kind="text", path=files["texts"], eval_path=files["more"], context_length=200, streaming=True
+    )
+    source = mixture.Source("texts", settings, byte_tokenizer, 0)
+    rows = [row.input_ids.tolist() for row in source.stream()]
+    os.remove(files["more"])
+    assert [row.input_ids.tolist() for row in source.stream()] == rows and len(rows) == 40
+    assert next(source.stream()) is source.rows.train[0]
+
+
+def test_a_stream_may_have_a_block_without_a_row(files, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(mixture, "BLOCK", 4)
+    records = [{"prompt": f"{n}?", "completion": "" if 4 <= n < 8 else f"answer {n}"} for n in range(12)]
+    with open(files["chats"], "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    settings = data.DataSettings(kind="chat", path=files["chats"], context_length=200, streaming=True, eval_rows=1)
+    assert not byte_tokenizer.chat_template
+    assert len(list(mixture.Source("chats", settings, byte_tokenizer, 0).stream())) == 7
+
+
+def test_a_stream_does_not_turn_from_texts_to_messages(files, chatml, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(mixture, "BLOCK", 4)
+    with open(files["chats"], "w") as file:
+        records = [{"prompt": f"{n}?", "completion": f"answer {n}"} for n in range(4)] + [chat("a", "b")]
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    settings = data.DataSettings(kind="chat", path=files["chats"], context_length=200, streaming=True, eval_rows=1)
+    with pytest.raises(data.DataError, match="among the records from 4 on"):
+        list(mixture.Source("chats", settings, chatml, 0).stream())
 
 
 def test_a_stream_reads_no_further_than_it_is_asked(files, byte_tokenizer, monkeypatch):
