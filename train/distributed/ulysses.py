@@ -8,8 +8,9 @@ document of its own, which no real token sees.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +141,19 @@ def separate_rows(args: SFTConfig) -> None:
     parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
 
 
+@contextlib.contextmanager
+def positions_reach_attention(model: PreTrainedModel, size: int) -> Iterator[None]:
+    """Refuse a model that gives positions to its mask alone, which is dropped: DeepSpeed asserts that attention has
+    them, and only a forward tells."""
+    try:
+        yield
+    except AssertionError as error:
+        if "requires position_ids" not in str(error):
+            raise
+        text = f"must be 1 for {model.config.model_type}, got {size}: its attention is not told the positions of tokens"
+        raise SettingsError([Problem("", "parallel.sp_size", text)]) from error
+
+
 class PartOfStep(Trainer):
     """What SFTTrainer calls for the loss of shared rows: a process's part of the mean over the step's trained tokens.
 
@@ -194,7 +208,8 @@ class SequenceParallelTrainer(LRSATrainer, PartOfStep):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.lrsa is None:
             del inputs["predicting"]
-        part = super().compute_loss(model, inputs, False, num_items_in_batch)
+        with positions_reach_attention(self.model, self.sp_size):
+            part = super().compute_loss(model, inputs, False, num_items_in_batch)
         whole = part.detach().clone()
         torch.distributed.all_reduce(whole, group=get_sequence_parallel_group())
         # DeepSpeed adds up the gradients of a group and takes the mean over the groups, but ZeRO-3 the mean over all.

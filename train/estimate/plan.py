@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from lrsa import LRSAConfig
+from lrsa.hf import has_latents
+from lrsa.hf.layers import is_recurrent
 from train.estimate.devices import Device
 from train.settings.errors import Problem, SettingsError
 from train.settings.load import RunSettings
@@ -116,10 +118,12 @@ def shape_of(model: nn.Module, rank: int) -> ModelShape:
     config = model.config.get_text_config()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     missing = [name for name in ATTENTION + MLP if name not in names]
-    if missing:
+    if missing or is_recurrent(config):
+        reason = "recurrent layers" if is_recurrent(config) else f"no {', '.join(missing)}"
         raise ValueError(
-            f"{config.model_type} has no {', '.join(missing)}: memory is known for decoders with q, k, v, o, "
-            "gate, up and down projections (Llama, Qwen2, Qwen3, Mistral, ...)."
+            f"{config.model_type} has {'latent attention (MLA) and ' * has_latents(model)}{reason}: memory is known "
+            "for decoders with q, k, v, o, gate, up and down projections in every layer (Llama, Qwen2, Qwen3, "
+            "Mistral, ...). To see what it needs, train two steps on the device: --set train.max_steps=2."
         )
     sizes = {name: size_of(p) for name, p in model.named_parameters()}
     trained = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}

@@ -11,11 +11,17 @@ import pytest
 import torch
 from accelerate.utils import HfDeepSpeedConfig
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lrsa import LRSAConfig, apply_lrsa, lrsa_attention
 from tests.lrsa.models.build import build
 from tests.tiny_run import make_workplace
-from train.distributed.ulysses import check_sequence_parallel, parallelism_config, share_rows
+from train.distributed.ulysses import (
+    check_sequence_parallel,
+    parallelism_config,
+    positions_reach_attention,
+    share_rows,
+)
 from train.settings.defaults import with_defaults
 from train.settings.errors import SettingsError
 from train.settings.load import load_settings
@@ -191,6 +197,19 @@ def test_models_whose_heads_cannot_be_told_everything(family, reason, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match=rf"parallel\.sp_size must be 1 for .*{reason}"):
         share_rows(arguments(2), build(family), selection=False)
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "persimmon", "moshi"])
+def test_models_that_give_positions_to_their_mask_alone(family, monkeypatch):
+    alst = pytest.importorskip("deepspeed.runtime.sequence_parallel.ulysses_sp").UlyssesSPAttentionHF
+    state = SimpleNamespace(disable_in_eval=False, seq_length_is_variable=False)
+    network, ids = apply_lrsa(build(family), CONFIG), torch.ones(1, 8, dtype=torch.long)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "lrsa", lambda *args, **options: alst.forward(state, *args, **options))
+    text = rf"parallel\.sp_size must be 1 for {family}, got 2: its attention is not told the positions"
+    with pytest.raises(SettingsError, match=text), positions_reach_attention(network, 2):
+        network(ids, position_ids=torch.arange(8)[None], use_cache=False)
+    with pytest.raises(AssertionError, match="another"), positions_reach_attention(network, 2):
+        raise AssertionError("another")
 
 
 def test_copies_of_kv_heads_are_not_taught(monkeypatch):

@@ -21,6 +21,7 @@ from trl import SFTConfig
 from launch.command_line import explain
 from lrsa import LRSAConfig, apply_lrsa
 from lrsa.base_loading import BaseLoading
+from tests.lrsa.models.build import build
 from tests.tiny_run import ROOT, launch_here
 from train.estimate import memory as memory_module
 from train.estimate.advice import helpful_changes
@@ -121,6 +122,15 @@ def test_what_a_teacher_adds_is_predicted(name, tmp_path, monkeypatch):
 
 def quickstart(*overrides: str):
     return load_settings("quickstart.yaml", ["train.per_device_train_batch_size=2", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("qwen3_5_text", "has recurrent layers"), ("youtu", r"has latent attention \(MLA\) and no q")],
+)
+def test_models_whose_memory_is_not_known(family, reason):
+    with pytest.raises(ValueError, match=rf"{reason}.*train\.max_steps=2"):
+        shape_of(build(family), 4)
 
 
 def test_the_shape_of_a_published_model_from_its_configuration():
