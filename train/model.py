@@ -28,7 +28,7 @@ from train.settings.schema import ModelSettings
 NO_DOCUMENTS = (
     *("granitemoehybrid", "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"),
     *("xlm-roberta-xl", "xmod", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm_ocr"),
-    "paddleocr_vl",
+    *("paddleocr_vl", "cosmos3_edge", "glmga", "hunyuan_vl", "kosmos-2.5"),
 )
 
 
