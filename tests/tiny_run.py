@@ -83,7 +83,7 @@ def run_here(workplace: Path, *overrides: str, config: str = "run.yaml", **optio
 
 def launch(workplace: Path, *command: str) -> subprocess.CompletedProcess:
     """A command as a user would give it in `workplace`."""
-    return subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
 
 
 def launch_here(workplace: Path, script: str, *options: str) -> subprocess.CompletedProcess:

@@ -76,7 +76,7 @@ def test_command_line(loaded, rows, tmp_path):
     command = [sys.executable, "-m", "lrsa.evaluation.harness", "run", "--model", "lrsa", "--model_args", arguments]
     command += ["--tasks", "codes", "--include_path", tmp_path, "--batch_size", "3", "--device", "cpu"]
     command += ["--log_samples", "--output_path", tmp_path / "out"]
-    found = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    found = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert found.returncode == 0, found.stderr
     samples = next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()
     samples = sorted(map(json.loads, samples), key=lambda sample: sample["doc_id"])

@@ -18,7 +18,7 @@ def test_interpreted():
         cwd=script.parents[3],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert found.returncode == 0, found.stdout
     assert " passed" in found.stdout

@@ -65,7 +65,7 @@ def together(workplace: Path, processes: int, name: str, *overrides: str, script
         start_new_session=True,
     )  # fmt: skip
     try:
-        output, _ = started.communicate(timeout=400)
+        output, _ = started.communicate(timeout=900)
     finally:
         with contextlib.suppress(ProcessLookupError):  # nobody is left, as it should be
             os.killpg(started.pid, signal.SIGKILL)

@@ -39,7 +39,7 @@ def test_two_processes_by(launcher, workplace):
     command = [str(Path(sys.executable).with_name(program)), *options, str(free_port())]
     command += [str(ROOT / "launch/train.py"), "--config", "run.yaml", "--set", f"train.output_dir={launcher}", *STEPS]
     command += ["train.per_device_train_batch_size=2", f"train.deepspeed={zero}"]
-    done = subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "x 2 processes = 4 rows per step" in done.stdout
     one = adapter(alone(workplace, f"{launcher}-alone", FOUR_ROWS))

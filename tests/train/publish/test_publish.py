@@ -99,7 +99,7 @@ def published(tiny_run, start_hub, tmp_path_factory):
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "elsewhere.py", "given.pt", "found.pt"]
-        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         found = torch.load(home / "found.pt")
         asked = len(hub.requests)
@@ -107,7 +107,7 @@ def published(tiny_run, start_hub, tmp_path_factory):
             [sys.executable, "later.py", "given.pt", "later.pt"],
             environment | {"HF_HUB_OFFLINE": "1"},
         )
-        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         assert len(hub.requests) == asked
         found["later"] = torch.load(home / "later.pt")

@@ -46,7 +46,7 @@ def start(workplace: Path, name: str, launcher: str, *options: str) -> subproces
     return process
 
 
-def wait_until(found, process: subprocess.Popen | None = None, seconds: float = 300) -> bool:
+def wait_until(found, process: subprocess.Popen | None = None, seconds: float = 900) -> bool:
     """Whether `found()` came true before the process ended."""
     end = time.monotonic() + seconds
     while not found():
