@@ -34,14 +34,7 @@ def attend(
     config: LRSAConfig,
     softmax: Softmax,
 ) -> torch.Tensor:
-    """Attend over whole rows without padding.
-
-    Args:
-        query: `[B, H, T, D]`; key, value: `[B, G, T, D]`.
-        selection: the kept tokens of the rows.
-
-    Returns:
-        `[B, H, T, D]` in the query's dtype. On a CPU without gradients only, uncompiled, for tests.
+    """`lrsa.attention.reference.attend` over whole rows; on a CPU without gradients only, uncompiled, for tests.
 
     Raises:
         ValueError: when there are fewer queries than keys, or gradients are needed on a CPU.

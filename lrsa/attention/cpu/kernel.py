@@ -29,15 +29,8 @@ def attend(
     config: LRSAConfig,
     softmax: Softmax,
 ) -> torch.Tensor:
-    """Attend over rows without padding; the queries are the last `T` of the `S` tokens of each row.
-
-    Args:
-        query: `[B, H, T, D]`; key, value: `[B, G, S, D]`, with `T <= S`; on a CPU.
-        selection: the kept tokens of the rows.
-
-    Returns:
-        `[B, H, T, D]` in the query's dtype. Memory grows linearly in `S`; with fewer KV heads than threads, the
-        backward holds gradients of keys and values for every thread.
+    """`lrsa.attention.reference.attend` on a CPU, in memory that grows linearly in `S`; with fewer KV heads than
+    threads, the backward holds gradients of keys and values for every thread.
 
     Raises:
         ValueError: when the tensors are not on a CPU, or of other dtypes.

@@ -31,15 +31,10 @@ def attend(
     softmax: Softmax,
     backend: str = "flash",
 ) -> torch.Tensor:
-    """Attend over rows without padding; the queries are the last `T` of the `S` tokens of each row.
+    """`lrsa.attention.reference.attend` in memory that grows linearly in `S`.
 
     Args:
-        query: `[B, H, T, D]`; key, value: `[B, G, S, D]`, with `T <= S`.
-        selection: the kept tokens of the rows.
         backend: whose kernels compute the tiles, `"flash"` or `"cudnn"`.
-
-    Returns:
-        `[B, H, T, D]` in the query's dtype. Memory grows linearly in `S`.
 
     Raises:
         ValueError: when the backend's kernels cannot compute these tensors.
