@@ -4,14 +4,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedTokenizerFast
 from transformers.masking_utils import create_causal_mask
 
 import lrsa
 from lrsa import LRSACache, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT
 from tests.lrsa.models import checks, images, sweep
-from tests.lrsa.models.build import SHARED, SLIDES, WINDOW, build
+from tests.lrsa.models.build import SHARED, SLIDES, WINDOW, build, build_config, config_of
 from tests.lrsa.models.checks import CONFIG, Subject, logits
 
 SLIDING = {"sliding_window": WINDOW, "layer_types": SLIDES}
@@ -186,10 +186,10 @@ def test_packed_rows_of_a_recurrent_model_are_refused():
     assert held == [None, [CONFIG.kept_length(60)]] * 2
 
 
-@pytest.mark.parametrize("family", ["exaone4_5", "hyperclovax_vision_v2"])
+@pytest.mark.parametrize("family", ["exaone4_5", "hyperclovax_vision_v2", "moss_transcribe_diarize"])
 def test_padding_that_counts_as_positions_is_refused(family):
     """Rotary positions are relative, but the scores of keys are not: other tokens would be selected."""
-    model = apply_lrsa(images.build(family), CONFIG)
+    model = apply_lrsa(build_config(config_of(family), auto=AutoModelForMultimodalLM), CONFIG)
     ids = torch.randint(3, 45, (1, 40))
     mask = torch.ones_like(ids)
     mask[:, :9] = 0
