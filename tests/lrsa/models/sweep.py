@@ -254,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
         write(verdicts)
     unjudged = {(v.family, v.variant): v.why for v in verdicts if v.verdict == "not judged"}
     unknown = [f"{' '.join(case)}: {why}" for case, why in unjudged.items() if case not in UNJUDGED]
-    print("\n".join(f"not judged: {name}" for name in unknown))
+    for name in unknown:
+        print(f"not judged: {name}")
     return int(counts["fails"] > 0 or bool(unknown))
 
 
