@@ -85,7 +85,8 @@ class LongContexts:
             try:
                 following = turn.next_turn(encoder.tokenizer, self.separator)
             except ValueError as error:
-                raise DataError(str(error)) from error
+                text = "set data.questions_per_row: 1, or model.chat_template to a file that writes all turns alike."
+                raise DataError(f"{error} To ask several questions of a row it must: {text}") from error
             self.again = encoder.markup(following) + self.tail
         self.ids: dict[int, np.ndarray] = {}
 
@@ -142,20 +143,26 @@ class LongContexts:
                 passages.
         """
         self.tokenize([*pool.tolist(), *(number for question in questions for number in question.own)])
-        self.encoder.count(text for question in further or questions for text in (question.text, question.answers[0]))
-        more = _Further(list(self._with_pieces(further)), most - 1)
-        found = []
+        more, found = _Further(list(self._with_pieces(further)), most - 1), []
         for question, pieces in progress(self._with_pieces(questions), "building rows", total=len(questions)):
-            others = self._distractors(question, pool, max(pieces.room - more.tokens, 0), rng)
+            room = pieces.room
+            others = self._distractors(question, pool, max(room - more.tokens, 0), rng)
+            room -= sum(len(self.ids[number]) for number in others)
+            asked = more.about(question, [*question.gold, *others], room, rng)
+            if further:
+                room -= sum(len(again.again) + len(again.answer) for _, again in asked)
+                others += self._distractors(question, pool, room, rng, besides=others)
             if not question.pages if self.shuffle is None else self.shuffle:
                 order = [*question.gold, *others]
                 rng.shuffle(order)
             else:
                 place = int(rng.integers(len(others) + 1))
                 order = [*others[:place], *question.gold, *others[place:]]
+            self.encoder.count(
+                text for one in (question, *(q for q, _ in asked)) for text in (one.text, one.answers[0])
+            )
             prompt = np.concatenate([pieces.head, *(self.ids[number] for number in order), pieces.tail])
-            room = self.context_length - len(prompt) - len(pieces.answer)
-            parts = [prompt, pieces.answer, *more.parts(question, order, room, rng)]
+            parts = [prompt, pieces.answer, *(ids for _, again in asked for ids in (again.again, again.answer))]
             ids, lengths = np.concatenate(parts), [len(part) for part in parts]
             assert len(ids) <= self.context_length
             answers = np.repeat(np.arange(len(parts)) % 2 == 1, lengths)
@@ -182,9 +189,11 @@ class LongContexts:
     def _around(self, question: Question) -> tuple[str, str]:
         return self.head.replace("{question}", question.text), self.tail.replace("{question}", question.text)
 
-    def _distractors(self, question: Question, pool: np.ndarray, room: int, rng: np.random.Generator) -> list[int]:
-        """Passages that fill `room` tokens as far as whole passages can."""
-        chosen, misses, seen = [], 0, set(question.gold)
+    def _distractors(
+        self, question: Question, pool: np.ndarray, room: int, rng: np.random.Generator, besides: Sequence[int] = ()
+    ) -> list[int]:
+        """Passages that fill `room` tokens as far as whole passages can, others than those that are there already."""
+        chosen, misses, seen = [], 0, {*question.gold, *besides}
         for number in rng.permutation(question.own).tolist() + rng.permutation(pool).tolist():
             length = len(self.ids[number])
             if number in seen:
@@ -208,22 +217,24 @@ class _Further:
     """
 
     def __init__(self, entries: Sequence[tuple[Question, Pieces]], most: int):
-        self.most, self.about = most, defaultdict(list)
+        self.most, self._about = most, defaultdict(list)
         for question, pieces in entries:
-            self.about[question.gold[0]].append((question, pieces))
+            self._about[question.gold[0]].append((question, pieces))
         lengths = [len(pieces.again) + len(pieces.answer) for _, pieces in entries]
         self.tokens = most * round(sum(lengths) / max(len(lengths), 1))
 
-    def parts(
+    def about(
         self, first: Question, passages: Sequence[int], room: int, rng: np.random.Generator
-    ) -> Iterator[np.ndarray]:
-        """Token ids of question, answer, question, answer, ... in random order, as many as fit into `room` tokens."""
-        present, left = set(passages), self.most
-        about = [entry for number in passages for entry in self.about[number]]
-        for place in rng.permutation(len(about)) if about else ():
-            question, pieces = about[place]
+    ) -> list[tuple[Question, Pieces]]:
+        """In random order, as many as fit into `room` tokens; none is asked twice, whatever its answers."""
+        present, texts, chosen = set(passages), {first.text}, []
+        candidates = [entry for number in passages for entry in self._about[number]] if self.most else []
+        for place in rng.permutation(len(candidates)) if candidates else ():
+            question, pieces = candidates[place]
             length = len(pieces.again) + len(pieces.answer)
-            if left and question != first and present.issuperset(question.gold) and length <= room:
-                yield pieces.again
-                yield pieces.answer
-                left, room = left - 1, room - length
+            new = question.text not in texts and present.issuperset(question.gold)
+            if new and len(chosen) < self.most and length <= room:
+                chosen.append(candidates[place])
+                texts.add(question.text)
+                room -= length
+        return chosen

@@ -64,17 +64,17 @@ class PromptFormat:
             )
         return cls(before, prompt_end, between[len(prompt_end) :], after, ids[-1] if ids else None)
 
-    def next_turn(self, tokenizer, blank: str) -> str:
+    def next_turn(self, tokenizer, separator: str) -> str:
         """What stands between the end of an answer (`after`) and the next question about the same text.
 
         Args:
-            blank: what stands there without a chat template.
+            separator: divides the two where there is no chat template.
 
         Raises:
             ValueError: when the chat template writes earlier answers in another way than the last one.
         """
         if not tokenizer.chat_template:
-            return blank
+            return separator
         before, *around, _ = _rendered(tokenizer, 2)
         first, following, second = around
         if (before, first, second) == (self.before, *[self.between + self.lead] * 2) and following.startswith(
@@ -83,8 +83,7 @@ class PromptFormat:
             return following[len(self.after) :]
         raise ValueError(
             f"the tokenizer's chat template writes an earlier answer in another way ({first!r}, answer, {following!r}) "
-            f"than the last one ({second!r}, answer, {self.after!r}): set data.questions_per_row: 1, or "
-            "model.chat_template to a file without this."
+            f"than the last one ({second!r}, answer, {self.after!r})."
         )
 
     def prompt(self, text: str) -> str:

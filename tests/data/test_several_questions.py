@@ -1,6 +1,7 @@
 """Rows that ask several questions about their passages (data.questions_per_row)."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,3 +75,16 @@ def test_further_questions_stand_as_the_chat_template_writes_them(squad, byte_to
 def test_several_questions_are_refused_where_a_template_asks_first(squad, byte_tokenizer):
     with pytest.raises(data.DataError, match=r"data\.questions_per_row: 1"):
         load(squad, byte_tokenizer, questions_per_row=2, prompt_template="{question}\n\n{context}\n\nAnswer:")
+
+
+def test_no_question_is_asked_twice_whatever_its_answers(tmp_path, byte_tokenizer):
+    records = [{"question": "Who?", "context": "Anna and Ben.", "answers": answer} for answer in ("Anna", "Ben")]
+    (tmp_path / "two.json").write_text(json.dumps(records))
+    corpus = load(tmp_path / "two.json", byte_tokenizer, questions_per_row=2, eval_rows=0)
+    assert [byte_tokenizer.decode(row["input_ids"]).count("Who?") for row in corpus.train] == [1, 1]
+
+
+def test_rows_are_filled_where_there_are_no_further_questions(squad, byte_tokenizer):
+    one, several = (load(squad, byte_tokenizer, questions_per_row=most, max_rows=20) for most in (1, 30))
+    assert np.median([len(ids) for ids in several.train["input_ids"]]) > 490
+    assert np.median([len(ids) for ids in one.train["input_ids"]]) > 490
