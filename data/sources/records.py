@@ -27,7 +27,7 @@ def read_records(
     Args:
         path: a file (see `records_of`), a pattern of files such as `shards/*.jsonl`, a directory of such files of one
             kind, one that `datasets` saved, whatever `datasets.load_dataset` takes, such as a Hub name, or a list.
-        name, split: configuration and split of a data set; files have neither.
+        name, split: configuration and split of a data set; entries that have neither are read whole.
         setting: what error messages say the path was given as.
         notes: gets a sentence on what of a directory was read.
 
@@ -49,7 +49,11 @@ def iterate_records(
         stream: also read a data set of the Hub as it is needed, without its copy on this machine.
     """
     notes = [] if notes is None else notes
-    parts = (_source(part, name, split, setting, notes, stream) for part in ([path] if isinstance(path, str) else path))
+    paths = [path] if isinstance(path, str) else path
+    for what, value, default, having in (("data.name", name, None, has_subsets), ("split", split, "train", has_splits)):
+        if value != default and not any(map(having, paths)):
+            raise DataError(f"{what} {value}: {setting} {path} has none: leave it out.")
+    parts = (_source(part, name, split, setting, notes, stream) for part in paths)
     for number, record in enumerate(record for part in parts for record in part):
         if not isinstance(record, dict):
             raise DataError(f"{setting} {path}: records must be JSON objects, record {number} is {shown(record)}.")
@@ -58,11 +62,8 @@ def iterate_records(
 
 def _source(path: str, name, split: str, setting: str, notes: list[str], stream: bool) -> Iterator[Any]:
     file = Path(path).expanduser()
+    name, split = name if has_subsets(path) else None, split if has_splits(path) else "train"
     if names_files(path):
-        if name is not None:
-            raise DataError(f"data.name {name}: {setting} {path} is no data set with subsets: leave data.name out.")
-        if split != "train":
-            raise DataError(f"split {split}: {setting} {path} is no data set with splits: leave the split out.")
         return records_of(file) if file.is_file() else _pattern(str(file), setting)
     if file.is_dir():
         return _directory(file, name, split, setting, notes)
@@ -74,8 +75,19 @@ def _source(path: str, name, split: str, setting: str, notes: list[str], stream:
 
 
 def names_files(path: str) -> bool:
-    """Whether a path is that of a file or a pattern of files, which have neither subsets nor splits."""
+    """Whether a path is that of a file or a pattern of files."""
     return Path(path).expanduser().is_file() or (has_magic(path) and not Path(path).expanduser().is_dir())
+
+
+def has_splits(path: str) -> bool:
+    """Whether a path may be that of a data set with splits: no files, nor a single `Dataset` that was saved."""
+    return not names_files(path) and not (Path(path).expanduser() / "state.json").is_file()
+
+
+def has_subsets(path: str) -> bool:
+    """Whether a path may be that of a data set with subsets: one of the Hub, or a folder whose card has them."""
+    folder = Path(path).expanduser()
+    return _has_configurations(folder) if folder.is_dir() else not names_files(path)
 
 
 def _pattern(pattern: str, setting: str) -> Iterator[Any]:
@@ -95,8 +107,8 @@ def _pattern(pattern: str, setting: str) -> Iterator[Any]:
 
 def _directory(folder: Path, name: str | None, split: str, setting: str, notes: list[str]) -> Iterator[Any]:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _saved_dataset(folder, name, split, setting)
-    if name is not None or _has_configurations(folder):
+        return _saved_dataset(folder, split, setting)
+    if _has_configurations(folder):
         return _load_dataset(str(folder), name, split, setting)
     found = read_folder(folder, split, setting)
     if found is None:
@@ -112,14 +124,10 @@ def _has_configurations(folder: Path) -> bool:
     return len(head) > 2 and not head[0].strip() and "\nconfigs:" in head[1]
 
 
-def _saved_dataset(folder: Path, name: str | None, split: str, setting: str) -> Iterator[dict[str, Any]]:
+def _saved_dataset(folder: Path, split: str, setting: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
-    one = isinstance(saved, datasets.Dataset)
-    if name is not None or (one and split != "train"):
-        what = f"data.name {name}" if name is not None else f"split {split}"
-        raise DataError(f"{what}: {setting} {folder} was saved by datasets and has none of that name: leave it out.")
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DataError(f"{setting} {folder} has no split {split!r}; its splits are {', '.join(saved)}.")
@@ -137,15 +145,15 @@ def read_evaluation_records(settings: DataSettings, notes: list[str] | None = No
     if settings.eval_rows == 0 or not (settings.eval_path or settings.eval_split):
         return None
     path = settings.eval_path or settings.path
-    files = any(map(names_files, [path] if isinstance(path, str) else path))
-    if not settings.eval_path and (files or not isinstance(path, str)):
+    splits = any(map(has_splits, [path] if isinstance(path, str) else path))
+    if not settings.eval_path and not (splits and isinstance(path, str)):
         raise DataError(
             f"data.eval_split {settings.eval_split}: data.path {path} is a file, or names files, and has no splits; "
             "give data.eval_path, or remove eval_split to hold rows out of what is there."
         )
     name = None if settings.eval_path else settings.name
     setting = "data.eval_path" if settings.eval_path else "data.path"
-    split = settings.eval_split or ("train" if files else settings.split)
+    split = settings.eval_split or (settings.split if splits else "train")
     return read_records(path, name, split, setting, notes)
 
 

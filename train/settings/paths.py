@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from data.sources.records import names_files
+from data.sources.records import has_splits, has_subsets
 from train.settings.errors import FieldPath
 from train.settings.schema import ParallelSettings
 from train.settings.sources import Source, shown
@@ -49,23 +49,31 @@ def _each(value, change: Callable[[str], str]):
 def with_data_files(source: Source, values: dict, place: FieldPath = ("data",)) -> dict:
     """`data` with local paths made absolute.
 
-    A path that is not found stays as it is: it may name a data set on the Hub, which only loading can tell. Where the
-    command line gives files, subset and splits that the configuration names are those of the data set it had.
+    A path that is not found stays as it is: it may name a data set on the Hub, which only loading can tell.
     """
     result, listed = dict(values), values.get("sources")
     for name in PATHS["data"]:
         if name in values:
             result[name] = _each(values[name], lambda path, name=name: str(source.find((*place, name), path) or path))
-    path, given = result.get("path"), source.from_command_line
-    if (*place, "path") in given and isinstance(path, str) and names_files(path):
-        theirs = [name for name in ("name", "split", "eval_split") if (*place, name) not in given]
-        result = {name: value for name, value in result.items() if name not in theirs}
+    evaluated = "eval_path" if result.get("eval_path") else "path"
+    for name, of, having in (
+        ("name", "path", has_subsets), ("split", "path", has_splits), ("eval_split", evaluated, has_splits)
+    ):  # fmt: skip
+        paths = result.get(of) if isinstance(result.get(of), list) else [result.get(of)]
+        if not any(having(path) for path in paths if isinstance(path, str)):
+            _replaced(source, result, place, of, name)
     if isinstance(listed, list):
         result["sources"] = [
             with_data_files(source, one, (*place, "sources", number)) if isinstance(one, dict) else one
             for number, one in enumerate(listed)
         ]
     return result
+
+
+def _replaced(source: Source, values: dict, place: FieldPath, of: str, name: str) -> None:
+    """Leave out the file's setting `name` where the command line replaces what it is about, the setting `of`."""
+    if (*place, of) in source.from_command_line and (*place, name) not in source.from_command_line:
+        values.pop(name, None)
 
 
 def with_model_files(source: Source, values: dict, problems: dict[FieldPath, str]) -> dict:
@@ -76,6 +84,7 @@ def with_model_files(source: Source, values: dict, problems: dict[FieldPath, str
         path = source.find(("model", "name_or_path"), name)
         if path is not None and path.is_dir():
             result["name_or_path"] = str(path)
+            _replaced(source, result, ("model",), "name_or_path", "revision")
             file = values.get("gguf_file")
             if not isinstance(file, str) and not (path / "config.json").is_file():
                 problems["model", "name_or_path"] = f"{shown(path)} holds no config.json, so it is no model"

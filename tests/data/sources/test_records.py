@@ -174,16 +174,34 @@ def test_evaluation_records_have_a_source_of_their_own_or_none(tmp_path):
 def test_files_have_neither_subsets_nor_splits(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
-    for path in ("a.jsonl", "*.jsonl", "saved"):
-        with pytest.raises(DataError, match=r"data.name en: .*leave data.name out|data.name en: .*leave it out"):
-            read_records(str(tmp_path / path), name="en")
-        with pytest.raises(DataError, match=r"split dev: .*leave"):
-            read_records(str(tmp_path / path), split="dev")
+    for path in ("a.jsonl", "*.jsonl", "saved", ".", ["a.jsonl", "saved"]):
+        where = [str(tmp_path / one) for one in path] if isinstance(path, list) else str(tmp_path / path)
+        with pytest.raises(DataError, match=r"data.name en: data.path .* has none: leave it out"):
+            read_records(where, name="en")
+        with pytest.raises(DataError, match=r"split dev: .*leave" if path != "." else "holds files of several"):
+            read_records(where, split="dev")
     settings = {"kind": "text", "path": str(tmp_path / "saved"), "split": "train"}
     path = str(tmp_path / "a.jsonl")
     assert read_evaluation_records(DataSettings(**settings | {"split": "dev"}, eval_path=path)) == [{"text": "a"}]
     with pytest.raises(DataError, match="split dev"):
         read_evaluation_records(DataSettings(**settings, eval_path=path, eval_split="dev"))
+
+
+def test_every_entry_of_a_list_has_the_split_that_it_can_have(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    one = datasets.Dataset.from_list([{"text": "one"}])
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "dev": datasets.Dataset.from_list(RECORDS)}).save_to_disk(tmp_path / "splits")
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "one", "splits")]
+    expected = [{"text": "a"}, {"text": "one"}, *RECORDS]
+    assert read_records(paths, split="dev") == expected
+    settings = {"kind": "text", "path": "user/set", "split": "dev"}
+    assert read_evaluation_records(DataSettings(**settings, eval_path=paths)) == expected
+    assert read_evaluation_records(DataSettings(**settings, eval_path=paths[1])) == [{"text": "one"}]
+    assert (
+        read_evaluation_records(DataSettings(**settings | {"split": "x"}, eval_path=paths, eval_split="dev"))
+        == expected
+    )
 
 
 def test_values_of_a_csv_file_are_the_texts_that_stand_there(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -105,18 +106,41 @@ def test_every_kind_reads_exactly_the_settings_that_it_may_have(kind, tmp_path, 
     }
     limited = {name for names, *_ in NEEDS[SourceSettings] for name in names}
     assert allowed <= read, "a setting that is allowed and not read"
-    assert read & limited <= allowed | {"name", "split"}
+    assert read & limited <= allowed | {"name", "split", "eval_path", "eval_split"}, "these four may be read for None"
     assert read >= {"kind", "path", "eval_rows", "max_rows"}
 
 
-def test_files_on_the_command_line_take_the_place_of_a_data_set_with_its_subset(load, tmp_path):
-    (tmp_path / "mine.jsonl").write_text("{}\n")
-    text = GOOD.replace("path: questions.json", "path: user/set\n  name: distractor\n  split: validation")
-    assert (load(text).data.name, load(text).data.split) == ("distractor", "validation")
-    ours = load(text, "data.path=mine.jsonl").data
-    assert (ours.name, ours.split) == (None, "train")
-    assert load(text, "data.path=mine.jsonl", "data.name=en").data.name == "en", "refused when it is read"
-    assert load(text, "data.path=other/set").data.name == "distractor"
+@pytest.mark.parametrize("sources", [False, True])
+def test_files_on_the_command_line_take_the_place_of_a_data_set_with_its_subset(sources, load, tmp_path):
+    def of(changes: dict, *overrides: str) -> tuple:
+        values = {"kind": "qa", "path": "user/a", "name": "big", "split": "validation", "eval_split": "test"} | changes
+        values = {"sources": [values]} if sources else values
+        data = load(re.sub(r"data:.*512", f"data: {json.dumps(values)}", GOOD, flags=re.DOTALL), *overrides).data
+        [one] = data.each().values()
+        return one.name, one.split, one.eval_split
+
+    for name in ("mine.jsonl", "b.jsonl", "folder/mine.jsonl", "saved/state.json", "configured/mine.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "configured" / "README.md").write_text("---\nname: x\nconfigs:\n---\n")
+    path = "data.sources.0.path" if sources else "data.path"
+    kept = ("big", "validation", "test")
+    assert of({}) == kept == of({}, f"{path}=user/other") == of({}, f"{path}=configured")
+    for files in ("mine.jsonl", "[mine.jsonl,b.jsonl]", "saved"):
+        assert of({}, f"{path}={files}") == (None, "train", None)
+        assert of({"eval_path": "user/b"}, f"{path}={files}") == (None, "train", "test")
+    assert of({}, f"{path}=folder") == (None, "validation", "test")
+    assert of({}, f"{path}=[mine.jsonl,user/other]") == kept
+    assert of({}, f"{path}=mine.jsonl", f"{path[:-4]}name=en")[0] == "en", "refused when it is read"
+    assert of({}, f"{path[:-4]}eval_path=mine.jsonl") == ("big", "validation", None)
+
+
+def test_a_directory_on_the_command_line_takes_the_place_of_a_model_with_its_revision(load, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    text = GOOD.replace("gpt2", "gpt2\n  revision: v2")
+    assert load(text).model.revision == "v2" == load(text, "model.name_or_path=user/model").model.revision
+    assert load(text, "model.name_or_path=model").model.revision is None
 
 
 def test_columns_that_a_layout_does_not_read_are_refused(tmp_path):
