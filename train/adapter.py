@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lrsa.loading import fetch_adapter, refuse_pickle
 from train.settings.errors import Problem, SettingsError, did_you_mean
@@ -120,6 +121,12 @@ def module_problems(settings: LoraSettings, model: PreTrainedModel) -> list[Prob
         for field, name in given + [("lora.modules_to_save", name) for name in saved]
         if not any(f".{module}".endswith(f".{name}") for module in modules)
     ]
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    if targets == "all-linear" and all(module is head for module in linear):  # GPTQ and AWQ have classes of their own
+        packed = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "qweight")})
+        text = f"all-linear finds no linear layer in this base: name its layers, such as [{', '.join(packed)}]"
+        problems.append(Problem("", "lora.target_modules", text))
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     shared = [name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding and p is head]
     for name in saved:

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    CompressedTensorsConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -58,7 +59,7 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
         SettingsError: when there is no such model, or it is not a causal language model.
     """
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else "auto"
-    quantization = _quantization(settings)
+    quantization = _quantization(settings) or _unpacked(settings)
     options = {} if quantization is None else {"quantization_config": quantization}
     # it says for every layer of every pass that int8 computes in float16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -90,7 +91,7 @@ def check_weights(settings: ModelSettings) -> None:
         field = f"model.name_or_path {settings.name_or_path}" if ours is None else "model.quantization"
         try:
             AutoHfQuantizer.from_config(stored or ours).validate_environment(device_map=None)
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:
             raise SettingsError([Problem("", field, str(error))]) from error
     if stored is not None or settings.gguf_file:  # needs the device that they are made for, or is read as a whole
         return
@@ -152,6 +153,13 @@ def _quantization(settings: ModelSettings) -> BitsAndBytesConfig | None:
         bnb_4bit_use_double_quant=settings.double_quantization,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype) if settings.dtype != "auto" else None,
     )
+
+
+def _unpacked(settings: ModelSettings) -> CompressedTensorsConfig | None:
+    """How a base of compressed-tensors is loaded: else its first forward would unpack it, of the whole model alone."""
+    stored = getattr(load_config(settings), "quantization_config", None)
+    method = getattr(stored, "quant_method", None) or (stored or {}).get("quant_method")
+    return CompressedTensorsConfig(dequantize=True) if method == "compressed-tensors" else None
 
 
 def _load(auto_class: type, settings: ModelSettings, **options):
