@@ -127,10 +127,11 @@ def drawn(
     Returns:
         the rows, and the number of items and rows that were not needed.
     """
-    left, rows = list(items), []
+    left, rows, scale = list(items), [], 1
     while left and (most is None or len(rows) < most):
-        picked = chosen(len(left), None if most is None else most - len(rows), rng)
+        picked = chosen(len(left), None if most is None else scale * (most - len(rows)), rng)
         rows += make([left[index] for index in picked])
         left = [left[index] for index in sorted(set(range(len(left))).difference(picked))]
+        scale *= 2  # few rounds, also where few items make a row
     taken = chosen(len(rows), most, rng)
     return [rows[index] for index in taken], len(left) + len(rows) - len(taken)

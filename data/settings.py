@@ -60,8 +60,8 @@ class SourceSettings(BaseModel):
         "packed as .gz, .bz2 or .zst), a pattern such as shards/*.jsonl, a local directory of files of one of these "
         "kinds, the name of a data set on the Hugging Face Hub, or a list of these. Not used by synthetic.",
     )
-    name: str | None = Field(None, description="Configuration (subset) of a Hub data set, for example distractor.")
-    split: str = Field("train", description="Split of a Hub data set to train on.")
+    name: str | None = Field(None, description="Configuration (subset) of a data set, for example distractor.")
+    split: str = Field("train", description="Split of a data set or folder to train on.")
     eval_path: str | Paths | None = Field(
         None, description="As path, to evaluate on, in place of rows held out of the training data."
     )

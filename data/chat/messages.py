@@ -32,12 +32,16 @@ class Chat:
         messages: `{"role", "content"}` and what else a template reads; tool calls have their arguments as a mapping.
         answers: indices of the messages that are trained.
         options: `tools`, and other values for the template.
+        cut: number of oldest turns that are left out.
+        part: whether other answers of the chat have rows of their own.
     """
 
     number: int
     messages: list[dict[str, Any]]
     answers: list[int]
     options: dict[str, Any] = field(default_factory=dict)
+    cut: int = 0
+    part: bool = False
 
 
 @dataclass(frozen=True)

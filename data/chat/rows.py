@@ -41,7 +41,8 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
     held = [] if records.evaluation is None else read_chats(
         records.evaluation, settings.columns, settings.evaluation_source, result.evaluation_dropped
     )  # fmt: skip
-    builder = _Builder(settings, tokenizer, turn, [*chats, *held])
+    _one_kind([(settings.evaluation_source, held), (settings.source, chats)])
+    builder = _Builder(settings, tokenizer, turn, chats, held)
     if records.evaluation is None:
         evaluation, held = _held_out(chats, subjects, builder, settings, rng, result)
         result.held = {form for chat in held for form in subjects[id(chat)]}
@@ -64,7 +65,7 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
         text for chat in {chat.number: chat for chat, _, _ in train}.values() for text in _texts(chat)
     )
     result.evaluation = [builder.evaluation_row(*entry) for entry in evaluation]
-    result.notes += builder.notes()
+    result.notes += builder.notes([chat for chat, *_ in train], [chat for chat, *_ in evaluation])
     result.prompt = builder.turn
     return result
 
@@ -76,6 +77,17 @@ def _distinct(chats: list[Chat | Completion], dropped: Counter) -> list[Chat | C
         kept += [chat] if texts.number(said) == len(kept) else []
     dropped[DUPLICATE] += len(chats) - len(kept)
     return kept
+
+
+def _one_kind(groups: list[tuple[str, list[Chat | Completion]]]) -> None:
+    """Refuse messages among texts, in groups of chats that each have a name for error messages."""
+    first = {type(chat): (source, chat.number) for source, chats in groups for chat in chats[::-1]}
+    if len(first) > 1:
+        (source, number), (other, record) = first[Chat], first[Completion]
+        raise DataError(
+            f"{source}: record {number}: prompt and completion are messages, in {other}, record {record}, they are "
+            "texts: put the two into files of their own, and name both in data.sources."
+        )
 
 
 def _texts(chat: Chat | Completion) -> list[str]:
@@ -141,6 +153,11 @@ def _held_out(
     return held, held_chats
 
 
+def _reasoning(chats: Sequence[Chat]) -> int:
+    """How many chats have a last answer with reasoning."""
+    return sum(reasons(chat.messages[chat.answers[-1]]) for chat in chats)
+
+
 class _Builder:
     """Makes rows of chats.
 
@@ -148,26 +165,19 @@ class _Builder:
         turn: what stands around prompts and answers of these chats.
     """
 
-    def __init__(self, settings: DataSettings, tokenizer, turn: PromptFormat, chats: Sequence[Chat | Completion]):
+    def __init__(self, settings: DataSettings, tokenizer, turn: PromptFormat, chats: list, held: list):
         self.settings, self.encoder, self.turn = settings, Encoder(tokenizer), turn
-        self.cut, self.split, self.texts = 0, 0, any(isinstance(chat, Completion) for chat in chats)
-        answers = [chat.messages[place] for chat in chats if isinstance(chat, Chat) for place in chat.answers[-1:]]
-        self.reasoning = sum(map(reasons, answers))
+        self.texts = any(isinstance(chat, Completion) for chat in chats + held)
         if self.texts:
-            if other := next((chat for chat in chats if isinstance(chat, Chat)), None):
-                raise DataError(
-                    f"{settings.source}: record {other.number}: prompt and completion are messages, in other records "
-                    "they are texts: put the two into files of their own, and name both in data.sources."
-                )
             self.turn = dataclasses.replace(PromptFormat.plain(tokenizer), lead="")
-        elif chats and not tokenizer.chat_template:
+        elif chats + held and not tokenizer.chat_template:
             raise DataError(
                 f"{settings.source}: chats need a chat template, the tokenizer has none: set model.chat_template to "
                 "a Jinja file, such as that of the instruct model of the same family."
             )
-        elif chats:
+        elif chats + held:
             self.renderer = Renderer(self.encoder, turn)
-            if 2 * self.reasoning > len(answers):
+            if 2 * _reasoning(chats) > len(chats):
                 self.turn = self.renderer.generation_prompt()
 
     def rows(self, chats: Sequence[Chat | Completion], dropped: Counter) -> list[tuple[Chat | Completion, int, Row]]:
@@ -179,7 +189,6 @@ class _Builder:
                 if len(row.input_ids) <= self.settings.context_length:
                     found.append((chat, end, row))
                 elif shorter := self._without_oldest(chat):
-                    self.cut += 1
                     found += self.rows([shorter], dropped)
                 else:
                     dropped[TOO_LONG] += 1
@@ -197,11 +206,11 @@ class _Builder:
             rows = self.renderer.rows(chat)
         except DataError as error:
             raise DataError(f"{self.settings.source}: {error}") from error
-        self.split += len(rows) > 1
-        pairs, left = [], chat.answers
+        pairs, left, part = [], chat.answers, chat.part or len(rows) > 1
         for rendered in rows:
             own, left = left[: len(rendered.trained)], left[len(rendered.trained) :]
-            pairs.append((dataclasses.replace(chat, messages=chat.messages[: own[-1] + 1], answers=own), rendered))
+            messages = chat.messages[: own[-1] + 1]
+            pairs.append((dataclasses.replace(chat, messages=messages, answers=own, part=part), rendered))
         return pairs
 
     def _without_oldest(self, chat: Chat | Completion) -> Chat | None:
@@ -213,7 +222,8 @@ class _Builder:
             return None
         first, gone = users[0], users[1] - users[0]
         answers = [place - gone for place in chat.answers if place >= users[1]]
-        return dataclasses.replace(chat, messages=chat.messages[:first] + chat.messages[users[1] :], answers=answers)
+        messages = chat.messages[:first] + chat.messages[users[1] :]
+        return dataclasses.replace(chat, messages=messages, answers=answers, cut=chat.cut + 1)
 
     def _encoded(self, texts: Sequence[Rendered]) -> list[tuple[int, Row]]:
         """Length of the last answer's prompt, and row, of each text."""
@@ -251,18 +261,19 @@ class _Builder:
             "trained": row.trained.tolist(),
         }
 
-    def notes(self) -> list[str]:
-        """What is worth knowing about the rows, for the report."""
-        notes = []
+    def notes(self, train: list, evaluation: list) -> list[str]:
+        """What is worth knowing about the rows, given the chat of each, for the report."""
         if self.texts:
-            notes.append("prompts and completions are texts: no chat template goes around them, in training and after")
-        if self.cut:
-            notes.append(f"the oldest turns of chats longer than context_length are cut: {self.cut} turns")
-        if self.split:
+            text = "prompts and completions are texts: no chat template goes around them, in training and after"
+            return [text, *self.encoder.notes()]
+        notes = []
+        if cut := sum(chat.cut for chat in train + evaluation):
+            notes.append(f"the oldest turns of chats longer than context_length are cut: {cut} turns")
+        if split := sum(len({chat.number for chat in chats if chat.part}) for chats in (train, evaluation)):
             notes.append(
-                f"{self.split} chats make a row for each answer: the chat template writes earlier turns in another way "
+                f"{split} chats make a row for each answer: the chat template writes earlier turns in another way "
                 "than the last one"
             )
-        if self.reasoning:
-            notes.append(f"{self.reasoning} last answers hold reasoning, which is trained with them")
+        if reasoning := _reasoning(train):
+            notes.append(f"{reasoning} last answers hold reasoning, which is trained with them")
         return notes + self.encoder.notes()

@@ -12,7 +12,7 @@ import pytest
 
 import data
 from data.long_context import TOO_LONG
-from data.rows import EVALUATED, NOT_CHOSEN
+from data.rows import EVALUATED, NOT_CHOSEN, drawn
 from tests.data.conftest import passage
 
 
@@ -272,3 +272,18 @@ def test_control_tokens_in_data_do_not_end_a_turn(template, tmp_path, byte_token
     assert "<s> has </s> ten " + "</s>" * 8 in tokenizer.decode(rows[0])
     assert corpus.evaluation[0]["prompt"] in tokenizer.decode(corpus.evaluation[0]["input_ids"])
     assert any("control tokens that are written in the data (220 x </s>, 20 x <s>)" in n for n in corpus.report.notes)
+
+
+@pytest.mark.parametrize("few", [0, 7, 40])
+def test_rows_are_drawn_in_few_rounds_where_few_items_make_one(few):
+    rounds = []
+
+    def make(items):
+        rounds.append(items)
+        return [item for item in items if item < few]
+
+    rows, more = drawn(range(5000), 20, np.random.default_rng(0), make)
+    assert len(rows) == len(set(rows)) == min(few, 20) and len(rounds) <= 12
+    seen = [item for items in rounds for item in items]
+    assert len(seen) == len(set(seen)) and more == 5000 - len(seen) + len([i for i in seen if i < few]) - len(rows)
+    assert drawn(range(5000), 20, np.random.default_rng(0), make) == (rows, more)

@@ -130,6 +130,14 @@ def _conflicts(built: dict) -> dict[FieldPath, str]:
         problems["train", "early_stopping_patience"] = "needs train.eval_strategy: steps, and train.eval_steps"
     if train and data and train.eval_strategy != "no" and not any(one.eval_rows for one in data.each().values()):
         problems["train", "eval_strategy"] = "needs rows that are held out: set data.eval_rows above 0, or it to no"
+    if (
+        train
+        and None not in (old := (train.gradient_checkpointing, train.activation_checkpointing))
+        and old[0] != old[1]
+    ):
+        problems["train", "gradient_checkpointing"] = (
+            f"is the older name of activation_checkpointing, which is {str(old[1]).lower()}: remove one of the two"
+        )
     if train and train.max_minutes and objective and objective.schedule == "shrink":
         problems["objective", "schedule"] = (
             "shrink divides the steps, whose number is not known with train.max_minutes: use draw, or train.max_steps"

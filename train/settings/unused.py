@@ -21,7 +21,7 @@ READ = ("qa", "chat", "text")
 NEEDS: dict[type, list[tuple[tuple[str, ...], str, tuple]]] = {
     SourceSettings: [
         (("name", "split", "eval_path", "eval_split", "columns"), "kind", READ),
-        (("format", "prompt_template", "distractors", "shuffle_passages"), "kind", ("qa",)),
+        (("format", "prompt_template", "distractors", "shuffle_passages", "questions_per_row"), "kind", ("qa",)),
         (("train_on", "too_long"), "kind", ("chat",)),
         (("end_of_document", "join_documents"), "kind", ("text",)),
         (("synthetic",), "kind", ("synthetic",)),

@@ -181,6 +181,28 @@ def test_max_rows_and_eval_rows_are_rows_that_are_drawn_from_those_that_fit(tmp_
     assert len(corpus.train) == 10 and len(load(tmp_path, several, rewriting).train) == 27
 
 
+def test_notes_count_the_rows_that_are_used(tmp_path, byte_tokenizer):
+    tokenizer = with_template(byte_tokenizer, THINKING)
+    cut = chat("old " * 60, "old", "Who?", "Anna.", "When?", "Later.")
+    dropped = [chat("x" * 300, f"a{n}", "y" * 300, "b") for n in range(5)]
+    for most, turns in ((None, 2), (1, 1)):  # the first answer of each is too long, so `cut` has two rows
+        corpus = load(tmp_path, [cut, *dropped], tokenizer, context_length=200, too_long="cut", max_rows=most)
+        assert len(corpus.train) == turns and any(f"are cut: {turns} turns" in note for note in corpus.report.notes)
+        assert any(note.startswith("1 chats make a row for each answer") for note in corpus.report.notes)
+
+
+def test_what_is_evaluated_decides_nothing_of_what_is_trained(tmp_path, byte_tokenizer):
+    tokenizer = with_template(byte_tokenizer, THINKING)
+    path = tmp_path / "held.jsonl"
+    path.write_text("".join(json.dumps(chat(f"{n}?", "<think>\nhm\n</think>\n\nYes.")) + "\n" for n in range(3)))
+    corpus = load(tmp_path, [chat("Who?", "Anna.")], tokenizer, eval_path=str(path), eval_rows=3)
+    assert len(corpus.evaluation) == 3 and corpus.prompt == PromptFormat.of(tokenizer)
+    assert not any("reasoning" in note for note in corpus.report.notes)
+    texts = [{"prompt": "Who?", "completion": "Anna."}]
+    with pytest.raises(data.DataError, match=r"data.eval_path .*held.jsonl: record 0: .* in data.path .*chats.jsonl"):
+        load(tmp_path, texts, tokenizer, eval_path=str(path), eval_rows=3)
+
+
 def test_chats_about_one_document_are_on_one_side_of_the_split(tmp_path, chatml):
     about = "is about foxes, of which it says very many things that only this one document tells."
     told = "Answer with a few words from this document, which is about foxes, or say that it does not tell.\n"

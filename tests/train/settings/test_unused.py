@@ -59,6 +59,20 @@ def test_what_is_switched_off_or_says_the_default_is_accepted(load):
     assert load(GOOD, "objective.distillation=0", "objective.distillation_temperature=2")
 
 
+def test_every_setting_of_a_source_is_known_to_belong_to_some_kinds_or_to_all(load):
+    limited = {name for names, *_ in NEEDS[SourceSettings] for name in names}
+    assert limited | {"kind", "path", "eval_rows", "max_rows"} == set(SourceSettings.model_fields)
+    [told] = load(GOOD.replace("kind: qa", "kind: text"), "data.questions_per_row=10")
+    assert "without data.kind: qa, which is text" in told
+
+
+def test_two_names_of_one_setting_say_the_same(load):
+    older, newer = "train.gradient_checkpointing=true", "train.activation_checkpointing="
+    assert load(GOOD, older, newer + "true").train.activation_checkpointing
+    [told] = load(GOOD, older, newer + "false")
+    assert told.startswith("--set train.gradient_checkpointing: is the older name of activation_checkpointing, which")
+
+
 def test_the_place_of_one_source_is_told(load):
     sources = "  sources:\n  - {kind: qa, path: q.json}\n  - kind: text\n    path: a.txt\n    too_long: cut\n"
     text = GOOD.replace("  kind: qa\n  path: questions.json\n", sources)
