@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
@@ -105,7 +106,8 @@ RECORDS = {
 @pytest.mark.parametrize("kind", ["qa", "chat", "text", "synthetic"])
 def test_every_kind_reads_exactly_the_settings_that_it_may_have(kind, tmp_path, byte_tokenizer):
     values = {"kind": kind, "context_length": 200, "eval_rows": 1}
-    byte_tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    tokenizer = copy.deepcopy(byte_tokenizer)  # that of the session has no template
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
     for name in ("path", "eval_path") if kind in RECORDS else ():
         values[name] = str(tmp_path / f"{name}.jsonl")
         with open(values[name], "w", encoding="utf-8") as file:
@@ -114,7 +116,7 @@ def test_every_kind_reads_exactly_the_settings_that_it_may_have(kind, tmp_path, 
                 file.write(text.replace("Who?", "Who? " * (100 if n == 2 else 1)) + "\n")
     settings = Watched(**values)
     read.clear()
-    Source("one", settings, byte_tokenizer, 0)
+    Source("one", settings, tokenizer, 0)
     allowed = {
         name for names, switch, kinds in NEEDS[SourceSettings] if kind in kinds for name in names if switch == "kind"
     }
