@@ -41,7 +41,8 @@ def lrsa_attention_forward(
         check_named(module.config, module)
         module.lrsa_impl = "auto"
     cache = getattr(key, "lrsa_cache", None)
-    if cache is None and attention_mask is None and getattr(module, "is_causal", True) is False:  # across inputs
+    across = cache is None and attention_mask is None and query.shape[2] != key.shape[2]  # two inputs
+    if across and getattr(module, "is_causal", True) is False:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, is_causal=False)
     _refuse(module, attention_mask, dropout, kwargs)
     tokens, shares = query.shape[2], getattr(module, "is_kv_shared_layer", False)
@@ -140,7 +141,8 @@ def _refuse(module, attention_mask, dropout, options) -> None:
     if attention_mask is not None and attention_mask.dim() != 2 and attention_mask.shape[1:4:2] != (1, 1):
         raise ValueError(
             f"lrsa takes the 2D padding mask [batch, tokens], got {attention_mask.dim()} dimensions: "
-            "pass attention_mask as the tokenizer returns it."
+            "pass attention_mask as the tokenizer returns it. A model that makes its own mask, without "
+            "AttentionMaskInterface, is not supported."
         )
     if not (options.get("is_causal") is not False and getattr(module, "is_causal", True)):
         raise ValueError(

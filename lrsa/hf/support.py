@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import sys
 import textwrap
 from dataclasses import dataclass
 
@@ -119,6 +118,8 @@ def _problem(model: PreTrainedModel, text) -> str:
         return f"{type(modules[0]).__name__} is not causal; lrsa is for causal language models"
     if not modules or not hasattr(text, "num_hidden_layers"):
         return "no layer of its language model attends through AttentionInterface, so there is nothing to compress"
+    if any(hasattr(owner, "_prepare_decoder_attention_mask") for owner in owners):
+        return f"{type(causal[0]).__name__} gets an attention mask that its model makes without AttentionMaskInterface"
     return next(filter(None, map(_problem_of_module, causal)), "")
 
 
@@ -132,8 +133,6 @@ def _problem_of_module(module: torch.nn.Module) -> str:
         return f"{name} attends {source.calls} times in one layer, and a cache would store its tokens as often"
     if source.problem:
         return f"{name} {source.problem}"
-    if not hasattr(sys.modules[type(module).__module__], "create_causal_mask"):
-        return f"{name} gets an attention mask that its model makes without AttentionMaskInterface"
     for keyword, attribute in source.keywords:
         if keyword in REFUSED and (attribute is None or getattr(module, attribute, None) is not None):
             return f"{name} {REFUSED[keyword]} ({keyword})"

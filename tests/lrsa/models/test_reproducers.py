@@ -5,7 +5,6 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedTokenizerFast
-from transformers.masking_utils import create_causal_mask
 
 import lrsa
 from lrsa import LRSACache, apply_lrsa, remove_lrsa
@@ -53,15 +52,6 @@ def test_refused_when_the_attention_is_set_by_its_name_too(case):
     model.set_attn_implementation("lrsa")
     with pytest.raises(ValueError, match=f"lrsa does not support this model.*({case[2]}|its own pattern)"):
         logits(model, torch.ones(1, 9, dtype=torch.long))
-
-
-@pytest.mark.parametrize("family", ["gpt_bigcode", "persimmon", "cohere_compass_text", "moshi"])
-def test_documents_are_told_apart_by_models_that_give_positions_to_their_mask_only(family, monkeypatch):
-    subject = Subject(build(family))
-    assert checks.packed(subject) is None
-    monkeypatch.setattr("lrsa.hf.mask._positions", lambda *args: None)
-    with pytest.raises(AssertionError, match="packed documents"):
-        checks.packed(subject)
 
 
 def test_a_result_that_the_model_views():
@@ -163,18 +153,6 @@ def test_only_the_language_model_is_set(family):
     assert text._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("positions", [torch.arange(8)[None], torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])])
-def test_blocks_that_see_the_future_are_refused_in_packed_rows_too(positions):
-    config = apply_lrsa(build("gemma3_text", **SLIDING), CONFIG).config
-    options = {"config": config, "inputs_embeds": torch.zeros(1, 8, 32), "attention_mask": None, "cache": None}
-    blocks = torch.tensor([[-1, 0, 0, -1, -1, -1, -1, -1]])
-    with pytest.raises(ValueError, match=r"an image for this model \(gemma3_text\)"):
-        create_causal_mask(**options, position_ids=positions, block_sequence_ids=blocks)
-    blocks = torch.tensor([[-1, 0, -1, -1, -1, -1, -1, -1]])  # a block of one token sees nothing new
-    found = create_causal_mask(**options, position_ids=positions, block_sequence_ids=blocks)
-    assert (found is None) if positions[0, 5] == 5 else torch.equal(found[:, 0, :, 0].long(), positions)
-
-
 def test_packed_rows_of_a_recurrent_model_are_refused():
     subject = Subject(build("qwen3_5_text"))
     assert checks.packed(subject) == "packing refused"
@@ -223,22 +201,6 @@ def test_text_trains_in_a_model_that_sees_images(family):
     if family == "gemma3":
         with pytest.raises(ValueError, match=r"an image for this model \(gemma3_text\)"):
             logits(applied, subject.ids, **subject.image)
-
-
-def test_documents_are_told_apart_by_a_mask_that_is_made_twice():
-    """Molmo 2 hands its mask to its language model, which takes one of two dimensions for padding."""
-    assert checks.packed(Subject(images.build("molmo2"))) is None
-
-
-def test_attention_across_inputs_stays_as_it_is():
-    """Kosmos-2.5 reads the patches of an image by an attention module of its language model."""
-    subject = images.subject_with_an_image(images.build("kosmos-2.5"))
-    checks.one_forward(subject)
-
-
-def test_a_model_that_makes_its_own_mask_is_refused():
-    with pytest.raises(ValueError, match="Kosmos2ForConditionalGeneration: KosmosTextAttention gets an attention mask"):
-        apply_lrsa(images.build("kosmos-2"), CONFIG)
 
 
 def test_a_model_whose_generate_has_other_places_for_its_arguments():
