@@ -8,9 +8,9 @@ document of its own, which no real token sees.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from train.settings.load import RunSettings
 from train.settings.schema import ParallelSettings, TrainSettings
 from train.trainer import LRSATrainer
 
+PROBE = "lrsa_probe"  # the name of an attention that only tells what it gets
 IGNORED = -100  # the label of a token that is not trained
 
 
@@ -93,7 +94,8 @@ def share_rows(args: SFTConfig, model: PreTrainedModel, selection: bool) -> None
         SettingsError: when the model's heads cannot be divided among the processes.
     """
     size, text_config = args.parallelism_config.sp_size, model.config.get_text_config()
-    heads, kv_heads = text_config.num_attention_heads, text_config.num_key_value_heads
+    heads = text_config.num_attention_heads
+    kv_heads = getattr(text_config, "num_key_value_heads", heads)
     problems = []
     if heads % size or (kv_heads % size and size % kv_heads):
         text = (
@@ -109,6 +111,10 @@ def share_rows(args: SFTConfig, model: PreTrainedModel, selection: bool) -> None
         ),
         "it tells documents apart by a mask, which is dropped (chunked attention)": "chunked_attention"
         in (getattr(text_config, "layer_types", None) or ()),
+        "its configuration has no num_key_value_heads, which DeepSpeed reads": not hasattr(
+            text_config, "num_key_value_heads"
+        ),
+        "its attention is not told the positions of tokens": not _hands_positions_on(model),
     }
     problems += [
         Problem("", "parallel.sp_size", f"must be 1 for {type(model).__name__}, got {size}: {reason}")
@@ -141,17 +147,33 @@ def separate_rows(args: SFTConfig) -> None:
     parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
 
 
-@contextlib.contextmanager
-def positions_reach_attention(model: PreTrainedModel, size: int) -> Iterator[None]:
-    """Refuse a model that gives positions to its mask alone, which is dropped: DeepSpeed asserts that attention has
-    them, and only a forward tells."""
+class _Reached(Exception):
+    """The first attention of a model."""
+
+
+def _hands_positions_on(model: PreTrainedModel) -> bool:
+    """Whether a model's attention gets the positions of tokens, not its mask alone, which is dropped.
+
+    Tried on a copy without weights and without a mask.
+    """
+
+    def attention(module, *states, **options):
+        raise _Reached("position_ids" in options)
+
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        probe = type(model)(copy.deepcopy(model.config))
+    probe.config.get_text_config()._attn_implementation = PROBE
+    ALL_ATTENTION_FUNCTIONS[PROBE] = attention
     try:
-        yield
-    except AssertionError as error:
-        if "requires position_ids" not in str(error):
-            raise
-        text = f"must be 1 for {model.config.model_type}, got {size}: its attention is not told the positions of tokens"
-        raise SettingsError([Problem("", "parallel.sp_size", text)]) from error
+        probe(tokens, position_ids=tokens, use_cache=False)
+    except _Reached as reached:
+        return reached.args[0]
+    except RuntimeError:  # it needs data to get there: DeepSpeed asserts it in the first step
+        return True
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[PROBE]
+    return True
 
 
 class PartOfStep(Trainer):
@@ -208,8 +230,7 @@ class SequenceParallelTrainer(LRSATrainer, PartOfStep):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.lrsa is None:
             del inputs["predicting"]
-        with positions_reach_attention(self.model, self.sp_size):
-            part = super().compute_loss(model, inputs, False, num_items_in_batch)
+        part = super().compute_loss(model, inputs, False, num_items_in_batch)
         whole = part.detach().clone()
         torch.distributed.all_reduce(whole, group=get_sequence_parallel_group())
         # DeepSpeed adds up the gradients of a group and takes the mean over the groups, but ZeRO-3 the mean over all.

@@ -11,7 +11,6 @@ import pytest
 import torch
 from accelerate.utils import HfDeepSpeedConfig
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lrsa import LRSAConfig, apply_lrsa, lrsa_attention
 from tests.lrsa.models.build import build
@@ -19,7 +18,6 @@ from tests.tiny_run import make_workplace
 from train.distributed.ulysses import (
     check_sequence_parallel,
     parallelism_config,
-    positions_reach_attention,
     share_rows,
 )
 from train.settings.defaults import with_defaults
@@ -191,25 +189,14 @@ def test_heads_that_cannot_be_dealt_out(size, monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("gpt_oss", "attention sinks"), ("llama4_text", "chunked attention"), ("youtu", "latent attention")],
+    [("gpt_oss", "attention sinks"), ("llama4_text", "chunked attention"), ("youtu", "latent attention")]
+    + [(family, "not told the positions") for family in ("gpt_bigcode", "persimmon", "moshi")]
+    + [("gpt_neox", "no num_key_value_heads")],
 )
 def test_models_whose_heads_cannot_be_told_everything(family, reason, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match=rf"parallel\.sp_size must be 1 for .*{reason}"):
         share_rows(arguments(2), build(family), selection=False)
-
-
-@pytest.mark.parametrize("family", ["gpt_bigcode", "persimmon", "moshi"])
-def test_models_that_give_positions_to_their_mask_alone(family, monkeypatch):
-    alst = pytest.importorskip("deepspeed.runtime.sequence_parallel.ulysses_sp").UlyssesSPAttentionHF
-    state = SimpleNamespace(disable_in_eval=False, seq_length_is_variable=False)
-    network, ids = apply_lrsa(build(family), CONFIG), torch.ones(1, 8, dtype=torch.long)
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "lrsa", lambda *args, **options: alst.forward(state, *args, **options))
-    text = rf"parallel\.sp_size must be 1 for {family}, got 2: its attention is not told the positions"
-    with pytest.raises(SettingsError, match=text), positions_reach_attention(network, 2):
-        network(ids, position_ids=torch.arange(8)[None], use_cache=False)
-    with pytest.raises(AssertionError, match="another"), positions_reach_attention(network, 2):
-        raise AssertionError("another")
 
 
 def test_copies_of_kv_heads_are_not_taught(monkeypatch):
