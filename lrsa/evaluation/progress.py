@@ -11,8 +11,19 @@ from tqdm.auto import tqdm
 EVERY = 30.0  # seconds between two lines of a log file
 
 
+class _Lines:
+    """Standard error as a log file: whole lines in place of one that is written over."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """`write` has done it."""
+
+
 class Progress:
-    """A progress bar over all models and settings.
+    """A progress bar over all models and settings; a line every `EVERY` seconds where standard error is no terminal.
 
     Args:
         total: rows of the whole evaluation.
@@ -20,8 +31,8 @@ class Progress:
     """
 
     def __init__(self, total: int, silent: bool = False):
-        every = 0.2 if sys.stderr.isatty() else EVERY
-        self.bar = tqdm(total=total, disable=silent, unit="row", mininterval=every, maxinterval=every)
+        every, file = (0.2, None) if sys.stderr.isatty() else (EVERY, _Lines())
+        self.bar = tqdm(total=total, disable=silent, unit="row", mininterval=every, maxinterval=every, file=file)
 
     def begin(self, name: str, unit: str) -> None:
         """What is measured from now on, and what its scores are called."""

@@ -11,7 +11,7 @@ def test_a_log_file_shows_rows_time_and_score(random_llama, monkeypatch, capsys)
     told = capsys.readouterr().err
     for done, setting in ((6, "full"), (12, "1/4")):
         score = results.score("base", setting).value
-        [line] = [line for line in told.split("\r") if f" {done}/12 [" in line][:1]
+        line = next(line for line in told.split("\n") if f" {done}/12 [" in line)
         assert line.startswith(f"base, {setting}: ") and f"loss {score:.3f} so far]" in line
 
 
@@ -20,7 +20,7 @@ def test_seldom_and_at_the_end(capsys):
     bar.begin("base", "loss")
     for _ in range(100):
         bar.add([0.0])
-    first, last = capsys.readouterr().err.strip().split("\r")
+    first, last = capsys.readouterr().err.strip().split("\n")
     assert " 0/100 [" in first and " 100/100 [" in last
     silent = progress.Progress(1, silent=True)
     silent.begin("base", "loss")
