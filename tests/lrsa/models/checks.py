@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lrsa import LRSACache, apply_lrsa, remove_lrsa
 from lrsa.cache import CACHE_ARGUMENT
 from tests.lrsa.models.oracle import oracle
-from tests.lrsa.models.subject import CONFIG, KINDS_OF_TOKENS, Subject, logits, shown
+from tests.lrsa.models.subject import CONFIG, KINDS_OF_TOKENS, Subject, fails_alike, logits, shown
 
 
 def one_forward(subject: Subject) -> str | None:
@@ -60,12 +60,9 @@ def over_the_cache(subject: Subject) -> str | None:
         if subject.head > chunks[0]:  # the image comes with the first chunk
             sizes = torch.tensor(chunks).cumsum(0)
             chunks = [subject.head, *sizes[sizes > subject.head].diff(prepend=torch.tensor([subject.head])).tolist()]
+        own_error = 0.0
         with contextlib.suppress(Exception):
-            dense = _fed(subject, subject.model, chunks, None)
-        try:
-            own_error = subject.own_error(dense, subject.own)
-        except NameError:
-            own_error = 0.0
+            own_error = subject.own_error(_fed(subject, subject.model, chunks, None), subject.own)
         cache = LRSACache(CONFIG)
         found = _fed(subject, subject.applied(), chunks, cache)
         try:
@@ -167,14 +164,12 @@ def generate(subject: Subject) -> str | None:
     try:
         found, error = _greedy(subject, model, LRSACache(CONFIG))
     except Exception as failure:
-        try:
-            _greedy(subject, subject.dense())
-        except type(failure):
+        if fails_alike(failure, lambda: _greedy(subject, subject.dense())):
             return "generates in a way of its own"
         raise
-    if error > 1e-3:
+    if not error <= 1e-3:
         own = _greedy(subject, subject.dense())[1]
-        assert own > 1e-3, f"generates with logits that differ by {error:.1e} from those of one forward"
+        assert error <= 10 * own, f"generates with logits that differ by {error:.1e} from those of one forward"
         return "generates with other positions than one forward, as without LRSA"
     if subject.pads:
         try:
@@ -211,9 +206,7 @@ def adapter(subject: Subject) -> str | None:
     try:
         tuned, expected = _tuned(subject.applied(), subject)
     except Exception as failure:
-        try:
-            _tuned(subject.model, subject)
-        except type(failure):
+        if fails_alike(failure, lambda: _tuned(subject.model, subject)):
             return "no LoRA on all linear layers, without LRSA neither"
         raise
     if not tuned.supports_gradient_checkpointing:
@@ -224,9 +217,13 @@ def adapter(subject: Subject) -> str | None:
         except ValueError as error:
             assert reentrant and "gradient_checkpointing: false" in str(error), error
             return "gradient checkpointing with use_reentrant=True refused"
-        if worst > (3e-6 if subject.exact else 1e-3):
+        except AssertionError as lost:
+            if fails_alike(lost, lambda: _checkpointed(*_tuned(subject.model, subject), subject, True)) and reentrant:
+                return "gradient checkpointing with use_reentrant=True changes gradients, without LRSA too"
+            raise
+        if not worst <= (3e-6 if subject.exact else 1e-3):
             own = _checkpointed(*_tuned(subject.model, subject), subject, reentrant)
-            assert own > 1e-3, f"checkpointing changes gradients by {worst:.1e}"
+            assert worst <= 10 * own < float("inf"), f"checkpointing changes gradients by {worst:.1e}"
             return f"gradient checkpointing with use_reentrant={reentrant} changes gradients, without LRSA too"
     return None
 
@@ -237,8 +234,8 @@ def _checkpointed(tuned, expected: dict, subject: Subject, reentrant: bool) -> f
     tuned.zero_grad()
     tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     found = _gradients(tuned, logits(tuned, subject.ids, **subject.image))
-    if found.keys() != expected.keys():
-        return float("inf")
+    lost = expected.keys() ^ found.keys()
+    assert not lost, f"checkpointing loses the gradients of {sorted(lost)}"
     largest = max(float(x.abs().max()) for x in expected.values())
     return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,15 @@ class Subject:
 
     def own_error(self, found: torch.Tensor, expected: torch.Tensor) -> float:
         return float((found - expected).detach().abs().max()) / max(float(expected.abs().max()), 1e-3)
+
+
+def fails_alike(failure: Exception, own: Callable[[], object]) -> bool:
+    """Whether the model without LRSA fails by the same error."""
+    try:
+        own()
+    except Exception as error:
+        return (type(error), str(error)) == (type(failure), str(failure))
+    return False
 
 
 def logits(model, input_ids: torch.Tensor, **options) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """A family of every mechanism through the checks of the sweep; `make models` judges all of them."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -54,3 +56,27 @@ def test_the_oracle_is_the_model_itself_when_everything_is_kept():
     with torch.no_grad(), oracle(model, checks.CONFIG.replace(top_k=checks.CONFIG.lag_size)) as kinds:
         assert torch.equal(checks.logits(model, ids), own)
     assert kinds == ["compressed"] * 4
+
+
+@pytest.mark.parametrize("dense", ["the same", "another"])
+def test_an_error_is_excused_by_the_same_error_without_lrsa(dense, monkeypatch):
+    def fails(subject, model, *args):
+        raise ValueError("the same" if args else dense)  # under LRSA it is given a cache
+
+    monkeypatch.setattr(checks, "_greedy", fails)
+    subject = checks.Subject(build("llama"))
+    if dense == "the same":
+        assert checks.generate(subject) == "generates in a way of its own"
+    else:
+        with pytest.raises(ValueError, match="the same"):
+            checks.generate(subject)
+
+
+LOST = (AssertionError("checkpointing loses a"), AssertionError("checkpointing loses b"))
+
+
+@pytest.mark.parametrize("results", [(0.5, 0.01), LOST], ids=["larger", "lost"])
+def test_gradients_that_are_lost_are_not_excused(results, monkeypatch):
+    monkeypatch.setattr(checks, "_checkpointed", Mock(side_effect=results))
+    with pytest.raises(AssertionError, match=r"checkpointing (changes gradients|loses a)"):
+        checks.adapter(checks.Subject(build("llama")))
