@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def extra(module: str, group: str = "evaluation") -> ModuleType:
-    """Import a module of matplotlib, rich or, with `group="harness"`, lm_eval.
+    """Import a module of matplotlib, rich, tqdm or, with `group="harness"`, lm_eval.
 
     Raises:
         ImportError: when it is not installed, with what to install.

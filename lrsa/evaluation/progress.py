@@ -6,7 +6,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-from tqdm.auto import tqdm
+from lrsa.evaluation.extra import extra
 
 EVERY = 30.0  # seconds between two lines of a log file
 
@@ -32,7 +32,9 @@ class Progress:
 
     def __init__(self, total: int, silent: bool = False):
         every, file = (0.2, None) if sys.stderr.isatty() else (EVERY, _Lines())
-        self.bar = tqdm(total=total, disable=silent, unit="row", mininterval=every, maxinterval=every, file=file)
+        self.bar = extra("tqdm.auto").tqdm(
+            total=total, disable=silent, unit="row", mininterval=every, maxinterval=every, file=file
+        )
 
     def begin(self, name: str, unit: str) -> None:
         """What is measured from now on, and what its scores are called."""

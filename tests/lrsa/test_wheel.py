@@ -36,7 +36,8 @@ assert lrsa.__file__.startswith(sys.argv[1]), lrsa.__file__
 score = lrsa.evaluation.Score.from_rows([1.0, 2.0], "points")
 cells = {"model": {"full": lrsa.evaluation.Cell({"loss": score}, None, 1.0)}}
 rows = {"n": 2, "shortest": 1, "median": 1, "longest": 1, "compressed_share": 1.0}
-settings = [lrsa.evaluation.Setting(None, [])]
+from lrsa.evaluation.measure.cost import LayerCost
+settings = [lrsa.evaluation.Setting(None, [LayerCost(0, 1, 1, 8, 8)])]
 details = {"seed": 0, "versions": {}}
 results = lrsa.evaluation.Results("loss", lrsa.LRSAConfig(), settings, rows, details, cells)
 results.save(sys.argv[1])

@@ -74,11 +74,12 @@ def _within(values: BaseModel, path: FieldPath) -> Iterator[tuple[FieldPath, str
 
 def _across(sections: dict[str, Any]) -> Iterator[tuple[FieldPath, str]]:
     """The settings that another section leaves without effect."""
-    model, lora, data, train, objective = (
-        sections.get(name) for name in ("model", "lora", "data", "train", "objective")
+    model, lora, data, train, objective, evaluation = (
+        sections.get(name) for name in ("model", "lora", "data", "train", "objective", "eval")
     )
     if data and all(source.kind == "text" for source in data.each().values()):
-        for name in ("metric", "max_new_tokens") if "eval" in sections else ():
+        read = ["metric"] if evaluation and evaluation.suite else []  # by the suite, whose passkeys can be generated
+        for name in {"metric", "max_new_tokens"}.difference(read) if evaluation else ():
             yield ("eval", name), "has no effect with data.kind: text, whose loss is measured: leave it out"
         if objective and objective.selection is None:
             for name in ("selection_temperature", "selection_layers", "selection_queries"):

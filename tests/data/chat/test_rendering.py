@@ -40,7 +40,8 @@ def builder(byte_tokenizer, request):
     names = set(re.findall(r"<[|｜][\w▁]+[|｜]>|<(?:start|end)_of_turn>|<\|?(?:end|turn)[\w|]*>", text))
     tokenizer.add_special_tokens({"extra_special_tokens": sorted(names)})
     tokenizer.chat_template = text
-    return _Builder(DataSettings(kind="chat", path="x"), tokenizer, PromptFormat.of(tokenizer), [])
+    held = read_chats([TALK], {}, "f", Counter())
+    return _Builder(DataSettings(kind="chat", path="x"), tokenizer, PromptFormat.of(tokenizer), [], held)
 
 
 def trained(builder, record) -> list[str]:

@@ -180,6 +180,6 @@ def test_names_of_data_sets_lead_nowhere(tmp_path, monkeypatch, byte_tokenizer):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows.csv").write_text("text\nriver fox\n")
     settings = DataSettings(kind="text", path=str(tmp_path / "data"), name="../../up", eval_rows=0)
-    with pytest.raises(data.DataError, match="cannot be loaded"):
+    with pytest.raises(data.DataError, match=r"data\.name \.\./\.\./up"):
         data.load(settings, byte_tokenizer, 0, 20)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["data"]
