@@ -12,7 +12,8 @@ import numpy as np
 
 from data.chat.messages import Chat, Completion, read_chats
 from data.chat.rendering import Rendered, Renderer, reasons
-from data.duplicates import DistinctTexts, normal_form
+from data.chat.subjects import groups_of, subjects_of, texts_of
+from data.duplicates import DistinctTexts
 from data.encoding import Encoder
 from data.progress import progress
 from data.rows import EVALUATED, EVALUATION_NOT_CHOSEN, NOT_CHOSEN, Records, Row, Rows, drawn
@@ -22,7 +23,6 @@ from lrsa import PromptFormat
 
 TOO_LONG = "chat longer than context_length"
 DUPLICATE = "chat that is there already"
-LONG = 80  # characters of a line that tells a document
 SHORT = 32  # tokens of an answer that generated ones are compared with
 _BATCH = 64
 
@@ -37,7 +37,7 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
     chats = read_chats(records.train, settings.columns, settings.source, result.dropped, records.first)
     chats = _distinct(chats, result.dropped)
     rng = np.random.default_rng([seed, 0])
-    subjects = dict(zip(map(id, chats), _subjects(chats), strict=True))
+    subjects = dict(zip(map(id, chats), subjects_of(chats), strict=True))
     held = [] if records.evaluation is None else read_chats(
         records.evaluation, settings.columns, settings.evaluation_source, result.evaluation_dropped
     )  # fmt: skip
@@ -53,7 +53,7 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
         result.evaluation_dropped[EVALUATION_NOT_CHOSEN] += more
         numbers = {chat.number for chat, _, _ in evaluation}
         held = [chat for chat in held if chat.number in numbers]
-        result.held = {form for forms in _subjects(held, chats) for form in forms}
+        result.held = {form for forms in subjects_of(held, chats) for form in forms}
     elsewhere = result.held | records.held
     kept = [chat for chat in chats if elsewhere.isdisjoint(subjects[id(chat)])]
     result.dropped[EVALUATED] += len(chats) - len(kept)
@@ -62,7 +62,7 @@ def chat_rows(settings: DataSettings, tokenizer, seed: int, turn: PromptFormat, 
     result.dropped[NOT_CHOSEN] += more
     result.train = [row for _, _, row in train]
     builder.encoder.count(
-        text for chat in {chat.number: chat for chat, _, _ in train}.values() for text in _texts(chat)
+        text for chat in {chat.number: chat for chat, _, _ in train}.values() for text in texts_of(chat)
     )
     result.evaluation = [builder.evaluation_row(*entry) for entry in evaluation]
     result.notes += builder.notes([chat for chat, *_ in train], [chat for chat, *_ in evaluation])
@@ -90,50 +90,11 @@ def _one_kind(groups: list[tuple[str, list[Chat | Completion]]]) -> None:
         )
 
 
-def _texts(chat: Chat | Completion) -> list[str]:
-    return (
-        [chat.prompt, chat.text] if isinstance(chat, Completion) else [message["content"] for message in chat.messages]
-    )
-
-
-def _subjects(chats: Sequence[Chat | Completion], train: Sequence[Chat | Completion] | None = None) -> list[set[str]]:
-    """Of each chat what others about the same document share with it: the long lines of its first message.
-
-    A line that most chats of `train` have (by default of these) is an instruction, and says nothing; where no long line
-    is left it is the whole message.
-    """
-    train = chats if train is None else train
-    number = Counter(form for chat in train for form in _long_lines(chat))
-    told = {form for form, count in number.items() if count > max(len(train) // 2, 8)}
-    return [_long_lines(chat) - told or {normal_form(_first(chat))} for chat in chats]
-
-
-def _long_lines(chat: Chat | Completion) -> set[str]:
-    return {form for line in _first(chat).split("\n") if len(form := normal_form(line)) >= LONG}
-
-
-def _first(chat: Chat | Completion) -> str:
-    if isinstance(chat, Completion):
-        return _texts(chat)[0]
-    return next((message["content"] for message in chat.messages if message["role"] == "user"), str(chat.messages))
-
-
-def _groups(chats: Sequence[Chat | Completion], subjects: dict[int, set[str]]) -> list[list]:
-    """The chats in groups that share no subject with each other."""
-    group_of: dict[str, list] = {}
-    for chat in chats:
-        joined = [chat]
-        for group in {id(group): group for form in subjects[id(chat)] if (group := group_of.get(form))}.values():
-            joined += group
-        group_of |= {form: joined for member in joined for form in subjects[id(member)]}
-    return list({id(group): group for group in group_of.values()}.values())
-
-
 def _held_out(
     chats: list, subjects: dict[int, set[str]], builder: _Builder, settings: DataSettings, rng, result: Rows
 ) -> tuple[list[tuple], list]:
     """Up to `eval_rows` rows to evaluate on, of whole random groups that fit, at most half of them; and their chats."""
-    groups, held, held_chats = _groups(chats, subjects), [], []
+    groups, held, held_chats = groups_of(chats, subjects), [], []
     for number in rng.permutation(len(groups))[: len(groups) // 2].tolist() if settings.eval_rows else []:
         dropped: Counter = Counter()
         rows = builder.rows(groups[number], dropped)

@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrsa import LRSACache, LRSAConfig, PromptFormat, apply_lrsa
-from lrsa.serving.api import Message, Server
+from lrsa.serving.api import Server
+from lrsa.serving.bodies import Message
 from lrsa.serving.engine import Engine
 from lrsa.serving.request import Request, Sampling
 

@@ -106,7 +106,7 @@ RECORDS = {
 @pytest.mark.parametrize("kind", ["qa", "chat", "text", "synthetic"])
 def test_every_kind_reads_exactly_the_settings_that_it_may_have(kind, tmp_path, byte_tokenizer):
     values = {"kind": kind, "context_length": 200, "eval_rows": 1}
-    tokenizer = copy.deepcopy(byte_tokenizer)  # that of the session has no template
+    tokenizer = copy.deepcopy(byte_tokenizer)  # the fixture is shared and has no template
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
     for name in ("path", "eval_path") if kind in RECORDS else ():
         values[name] = str(tmp_path / f"{name}.jsonl")
