@@ -7,68 +7,17 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
-from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from pydantic import BaseModel, ConfigDict, Field
 
 from lrsa.prompt import PromptFormat, chat_template
 from lrsa.serving import request as requests
+from lrsa.serving.bodies import ChatCompletion, Completion, Message, Sampled
 from lrsa.serving.engine import Engine
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class StreamOptions(_Strict):
-    include_usage: bool = False
-
-
-class Sampled(_Strict):
-    """What both kinds of completion take; other fields of OpenAI's are refused, never ignored."""
-
-    model: str | None = None
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    n: Literal[1] = 1
-    user: str | None = None
-
-    def sampling(self, max_tokens: int) -> requests.Sampling:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return requests.Sampling(max_tokens, self.temperature, self.top_p, tuple(filter(None, stop)), self.seed)
-
-
-class ChatCompletion(Sampled):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-
-
-class Completion(Sampled):
-    prompt: str
 
 
 class Server:
