@@ -20,9 +20,9 @@ from lrsa import LRSAConfig, apply_lrsa, remove_lrsa
 from train.adapter import lora_config, module_problems, start_from, verify_adapter
 from train.banner import plan_of, print_banner
 from train.distributed import environment
+from train.distributed.requirements import check_sequence_parallel
 from train.distributed.ulysses import (
     SequenceParallelTrainer,
-    check_sequence_parallel,
     parallelism_config,
     separate_rows,
     share_rows,

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lrsa import LRSAConfig, apply_lrsa, lrsa_attention
 from tests.lrsa.models.build import build
 from tests.tiny_run import make_workplace
+from train.distributed.requirements import check_sequence_parallel
 from train.distributed.ulysses import (
-    check_sequence_parallel,
     parallelism_config,
     share_rows,
 )
