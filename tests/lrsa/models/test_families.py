@@ -8,8 +8,9 @@ import torch
 from lrsa import apply_lrsa
 from tests.lrsa.models import checks
 from tests.lrsa.models.build import build
+from tests.lrsa.models.families import cases
 from tests.lrsa.models.oracle import oracle
-from tests.lrsa.models.sweep import cases, judge
+from tests.lrsa.models.sweep import judge
 
 WORKS = [
     ("llama", ""),
