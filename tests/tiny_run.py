@@ -8,6 +8,7 @@ import json
 import os
 import random
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,10 @@ def log_of(directory: Path) -> list[dict]:
     """The lines of a run's log that tell a loss."""
     lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+def free_port() -> int:
+    """A port that nothing listens on: tests, and other work on this machine, run side by side."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

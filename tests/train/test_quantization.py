@@ -18,7 +18,7 @@ import lrsa
 from launch import publish, real_model
 from lrsa.evaluation import Results
 from tests import tiny_run
-from tests.tiny_run import ROOT, launch, log_of, make_workplace
+from tests.tiny_run import ROOT, free_port, launch, log_of, make_workplace
 from train.estimate.memory import predict_memory
 from train.estimate.plan import plan_run, shape_from_settings, shape_of, size_of
 from train.model import load_model
@@ -119,7 +119,18 @@ def test_two_processes_train_a_quantised_base(workplace, given):
     assert run_here(workplace, *overrides, f"train.output_dir={out}-one", "train.max_grad_norm=0") == 0
     overrides += ["train.deepspeed=configs/deepspeed/zero2.json", "train.per_device_train_batch_size=2"]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    command = (deepspeed, "--num_gpus", "2", script, "--config", "run.yaml", "--set", *overrides)
+    command = (
+        deepspeed,
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        script,
+        "--config",
+        "run.yaml",
+        "--set",
+        *overrides,
+    )
     done = launch(workplace, *command, "train.max_grad_norm=0")
     assert done.returncode == 0 and "DeepSpeed ZeRO-2" in done.stdout, done.stdout + done.stderr
     one, two = ([line["loss"] for line in log_of(workplace / name)] for name in (f"{out}-one", out))

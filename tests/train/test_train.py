@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lrsa import LRSAConfig
 from lrsa.attention import api
-from tests.tiny_run import ROOT, launch, launch_here, log_of, make_workplace, run_here
+from tests.tiny_run import ROOT, free_port, launch, launch_here, log_of, make_workplace, run_here
 from train.settings.load import load_settings
 from train.trainer import kept_tokens
 
@@ -138,7 +138,19 @@ def test_two_processes_and_accumulation_under_deepspeed_equal_one(workplace, fin
     overrides += ["eval.enabled=false", "eval.control=false"]
     deepspeed = Path(sys.executable).with_name("deepspeed")
     script = str(ROOT / "launch" / "train.py")
-    done = launch(workplace, str(deepspeed), "--num_gpus", "2", script, "--config", "run.yaml", "--set", *overrides)
+    done = launch(
+        workplace,
+        str(deepspeed),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        script,
+        "--config",
+        "run.yaml",
+        "--set",
+        *overrides,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 per device x 2 accumulated x 2 processes = 4 rows per step" in done.stdout
     assert "DeepSpeed ZeRO-2" in done.stdout

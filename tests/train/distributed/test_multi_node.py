@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.tiny_run import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = [
@@ -27,9 +28,7 @@ def losses(run: Path) -> list[float]:
 def test_two_nodes_learn_what_one_process_learns(tmp_path):
     deepspeed = Path(sys.executable).with_name("deepspeed")
     (tmp_path / "hosts").write_text("host-a slots=1\nhost-b slots=1\n")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_port())
     path = f"{deepspeed.parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PATH": path}
     train = [str(ROOT / "launch" / "train.py"), "--config", "quickstart.yaml", "--set", *SETTINGS]

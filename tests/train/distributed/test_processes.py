@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.command_line import explain
-from tests.tiny_run import ROOT, make_workplace
+from tests.tiny_run import ROOT, free_port, make_workplace
 from train.adapter import verify_adapter
 from train.settings.load import load_settings
 
@@ -46,12 +45,6 @@ def alone(workplace: Path, name: str, *overrides: str, exact: bool = False) -> P
         settings = load_settings("run.yaml", [f"train.output_dir={name}", *STEPS, *overrides])
         assert explain(lambda: run(settings)) == 0
     return workplace / name
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def together(workplace: Path, processes: int, name: str, *overrides: str, script=SCRIPT) -> tuple[Path, str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_run import ENVIRONMENT, ROOT, SETTINGS, make_workplace
-from tests.train.distributed.test_processes import FOUR_ROWS, STEPS, adapter, alone, free_port
+from tests.tiny_run import ENVIRONMENT, ROOT, SETTINGS, free_port, make_workplace
+from tests.train.distributed.test_processes import FOUR_ROWS, STEPS, adapter, alone
 from train.distributed import environment
 from train.settings.errors import SettingsError
 from train.settings.schema import TrainSettings

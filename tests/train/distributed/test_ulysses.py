@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrsa import LRSAConfig, apply_lrsa, lrsa_attention
 from tests.lrsa.models.build import build
-from tests.tiny_run import make_workplace
+from tests.tiny_run import free_port, make_workplace
 from train.distributed.requirements import check_sequence_parallel
 from train.distributed.ulysses import (
     parallelism_config,
@@ -100,11 +99,8 @@ def test_shared_rows_equal_whole_ones(size, tmp_path):
     loss, grads = gradients(model(), batch(1))
     dense, _ = gradients(apply_lrsa(model(), CONFIG.replace(top_k=CONFIG.lag_size)), batch(1))
     assert abs(dense - loss) > 1e-3 * loss, "too little is dropped to tell"
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     out = tmp_path / "found.pt"
-    torch.multiprocessing.spawn(shared, (size, port, str(out)), nprocs=size)
+    torch.multiprocessing.spawn(shared, (size, free_port(), str(out)), nprocs=size)
     (found, found_grads), (broken, _) = torch.load(out)
     torch.testing.assert_close(found, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(found_grads, grads, rtol=0, atol=1e-12 * grads.abs().max().item())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_run import ROOT
+from tests.tiny_run import ROOT, free_port
 from train.resume.checkpoints import checkpoints, damage
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -34,7 +33,7 @@ def start(workplace: Path, name: str, launcher: str, *options: str) -> subproces
     command = [sys.executable]
     if sets:
         deepspeed = Path(sys.executable).with_name("deepspeed")
-        port = str(random.SystemRandom().randint(20000, 60000))
+        port = str(free_port())
         command = [str(deepspeed), "--num_gpus", "2", "--master_port", port]
     command += [str(ROOT / "launch" / "train.py"), "--config", "run.yaml", *options]
     with open(workplace / f"{name}.txt", "a") as output:
