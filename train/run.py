@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,13 +85,26 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
         raise SettingsError([Problem("", "data", text)])
     if main:
         directory.mkdir(parents=True, exist_ok=True)
-        _lock = lock_run_directory(directory)  # held until this function ends
-        if overwrite:
-            clear_run_directory(directory)
-        replace_text(directory / CONFIG_NAME, settings.to_yaml(directory))
-        corpus.report.save(directory)
-        corpus.report.print(console)
+    with lock_run_directory(directory) if main else nullcontext():
+        if main:
+            if overwrite:
+                clear_run_directory(directory)
+            replace_text(directory / CONFIG_NAME, settings.to_yaml(directory))
+            corpus.report.save(directory)
+            corpus.report.print(console)
+        _train_and_evaluate(settings, args, corpus, tokenizer, console, resume)
+    return directory
 
+
+def _train_and_evaluate(
+    settings: RunSettings,
+    args: SFTConfig,
+    corpus: data.Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    resume: bool,
+) -> None:
+    directory, main = Path(settings.train.output_dir), environment.rank() == 0
     steps = train_adapter(settings, args, corpus, tokenizer, settings.lrsa, console, resume)
     if settings.eval.control:
         control = settings
@@ -101,15 +115,15 @@ def run(settings: RunSettings, *, resume: bool = False, overwrite: bool = False)
         train_adapter(control, control_args, corpus, tokenizer, None, console, resume)
 
     environment.stop()
-    if main:
-        corpus.prompt.save_pretrained(directory)
-        save_training_losses(directory, directory)  # also where nothing is evaluated: the model card shows them
-        if settings.eval.enabled:
-            evaluate_run(settings, directory, tokenizer, corpus.evaluation, console)
-        save_model_card(settings, directory)
-        if settings.eval.enabled and settings.eval.suite:
-            run_suite(settings, *load_variants(settings, directory), tokenizer, corpus, console, directory)
-    return directory
+    if not main:
+        return
+    corpus.prompt.save_pretrained(directory)
+    save_training_losses(directory, directory)  # also where nothing is evaluated: the model card shows them
+    if settings.eval.enabled:
+        evaluate_run(settings, directory, tokenizer, corpus.evaluation, console)
+    save_model_card(settings, directory)
+    if settings.eval.enabled and settings.eval.suite:
+        run_suite(settings, *load_variants(settings, directory), tokenizer, corpus, console, directory)
 
 
 def sft_config(settings: RunSettings, output_dir: Path) -> SFTConfig:

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from data.report import REPORT_NAME, DataReport
 from train.adapter import ADAPTER_NAME
@@ -123,19 +123,17 @@ def _remove(paths: list[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def lock_run_directory(directory: Path) -> FileLock:
-    """Lock a directory against other runs for as long as the returned lock lives; it ends with the process.
+def lock_run_directory(directory: Path) -> AcquireReturnProxy:
+    """Lock a directory against other runs until the returned context is left, or the process ends.
 
     Raises:
         SettingsError: when another run uses it, such as one whose launcher was killed.
     """
-    lock = FileLock(directory / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return FileLock(directory / ".lock").acquire(timeout=0)
     except Timeout:
         text = f"another run uses {shown(directory)}: wait for it, end it, or choose another directory"
         raise SettingsError([Problem("", "train.output_dir", text)]) from None
-    return lock
 
 
 def config_of_run(directory: str) -> str:

@@ -18,6 +18,9 @@ from tests.tiny_run import make_workplace
 from tests.train.resume.launched import assert_same, lines, start, step_of, wait_until
 from train.resume.checkpoints import checkpoints, damage
 from train.resume.time_limit import TimeLimit
+from train.run import run
+from train.settings.errors import SettingsError
+from train.settings.load import load_settings
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +200,16 @@ def test_two_runs_in_one_directory(workplace, capsys):
     with FileLock(workplace / "busy" / ".lock"):
         assert run_here(workplace, "busy") == 2
     assert "another run uses busy" in capsys.readouterr().err
+
+
+def test_a_refused_run_leaves_its_directory_to_the_next_one(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    refused = []
+    for _ in range(2):
+        settings = load_settings("run.yaml", ["train.output_dir=refused", "lora.target_modules=[nothing]"])
+        with pytest.raises(SettingsError, match=r"lora\.target_modules") as error:
+            run(settings, overwrite=True)
+        refused.append(error)  # its frames are still alive, as they are in a notebook
 
 
 def test_other_processes_cannot_continue(workplace, undisturbed, capsys):
