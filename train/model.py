@@ -11,13 +11,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    AwqConfig,
     BitsAndBytesConfig,
     CompressedTensorsConfig,
+    GPTQConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers import AutoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrsa.hf.layers import is_recurrent
 from train.adapter import some
@@ -59,7 +62,7 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
         SettingsError: when there is no such model, or it is not a causal language model.
     """
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else "auto"
-    quantization = _quantization(settings) or _unpacked(settings)
+    quantization = _quantization(settings) or _trainable(settings)
     options = {} if quantization is None else {"quantization_config": quantization}
     # it says for every layer of every pass that int8 computes in float16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -155,11 +158,18 @@ def _quantization(settings: ModelSettings) -> BitsAndBytesConfig | None:
     )
 
 
-def _unpacked(settings: ModelSettings) -> CompressedTensorsConfig | None:
-    """How a base of compressed-tensors is loaded: else its first forward would unpack it, of the whole model alone."""
+def _trainable(settings: ModelSettings) -> QuantizationConfigMixin | None:
+    """How a base that is stored quantised is loaded so that gradients pass, where its package would not choose that."""
     stored = getattr(load_config(settings), "quantization_config", None)
     method = getattr(stored, "quant_method", None) or (stored or {}).get("quant_method")
-    return CompressedTensorsConfig(dequantize=True) if method == "compressed-tensors" else None
+    match method:
+        case "compressed-tensors":  # else its first forward would unpack it, of the whole model alone
+            return CompressedTensorsConfig(dequantize=True)
+        case "gptq":  # of a given one only the backend is taken
+            return GPTQConfig(bits=4, backend="auto_trainable")
+        case "awq":
+            return AwqConfig(backend="auto_trainable")
+    return None
 
 
 def _load(auto_class: type, settings: ModelSettings, **options):

@@ -68,27 +68,39 @@ def compressed_tensors(model: dict[str, torch.Tensor]) -> tuple[dict, dict]:
 
 
 def gptq(model: dict[str, torch.Tensor]) -> tuple[dict, dict]:
-    """8 bits in groups of 128 input channels, four weights in a number; zeros are stored less one."""
+    """4 bits in groups of 128 input channels; eight of these in a number, zeros less one."""
     stored = dict(model)
-    for name, weight in model.items():
-        if "_proj" in name:
-            stored.pop(name)
-            groups = weight.T.unflatten(0, (-1, 128))  # [groups, 128, out]
-            scales = groups.abs().amax(dim=1) / 127
-            codes = ((groups / scales[:, None]).round() + 128).clamp(0, 255).long().flatten(0, 1)
-            shifts = torch.arange(0, 32, 8)
-            packed = (codes.unflatten(0, (-1, 4)) << shifts[:, None]).sum(dim=1)
-            zeros = (torch.full((*scales.shape[:1], scales.shape[1] // 4, 4), 127) << shifts).sum(dim=-1)
-            place = name.removesuffix(".weight")
-            stored |= {f"{place}.qweight": _int32(packed), f"{place}.qzeros": _int32(zeros), f"{place}.scales": scales}
-            stored[f"{place}.g_idx"] = torch.arange(len(codes), dtype=torch.int32) // 128
+    for place, codes, zeros, scales in _in_four_bits(stored):
+        packed, zeros = codes.unflatten(0, (-1, 8)).transpose(1, 2), (zeros - 1).unflatten(1, (-1, 8))
+        stored |= {f"{place}.qweight": _packed(packed), f"{place}.qzeros": _packed(zeros), f"{place}.scales": scales}
+        stored[f"{place}.g_idx"] = torch.arange(len(codes), dtype=torch.int32) // 128
     return stored, {
-        "quant_method": "gptq", "bits": 8, "group_size": 128, "desc_act": False, "sym": True,
+        "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True,
         "checkpoint_format": "gptq",
     }  # fmt: skip
 
 
-def _int32(values: torch.Tensor) -> torch.Tensor:
+def awq(model: dict[str, torch.Tensor]) -> tuple[dict, dict]:
+    """4 bits in groups of 128 input channels; eight output channels in a number, the even ones first."""
+    stored = dict(model)
+    for place, codes, zeros, scales in _in_four_bits(stored):
+        packed, zeros = (part.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]] for part in (codes, zeros))
+        stored |= {f"{place}.qweight": _packed(packed), f"{place}.qzeros": _packed(zeros), f"{place}.scales": scales}
+    return stored, {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+
+
+def _in_four_bits(model: dict[str, torch.Tensor]):
+    """Takes the layers' weights away; yields name, codes [in, out], zeros [groups, out] and scales [groups, out]."""
+    for name in [name for name in model if "_proj" in name]:
+        groups = model.pop(name).T.unflatten(0, (-1, 128))  # [groups, 128, out]
+        scales = groups.abs().amax(dim=1) / 7
+        codes = ((groups / scales[:, None]).round() + 8).clamp(0, 15).long().flatten(0, 1)
+        yield name.removesuffix(".weight"), codes, torch.full_like(scales, 8).long(), scales
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """The last dimension, eight codes of 4 bits, as one number."""
+    values = (codes << torch.arange(0, 32, 4)).sum(dim=-1)
     return torch.where(values >= 2**31, values - 2**32, values).to(torch.int32).contiguous()
 
 
@@ -96,12 +108,13 @@ FORMATS = [
     pytest.param(fp8, id="fp8"),
     pytest.param(compressed_tensors, id="ct", marks=needs("compressed_tensors")),
     pytest.param(gptq, id="gptq", marks=needs("gptqmodel", "optimum")),
+    pytest.param(awq, id="awq", marks=needs("gptqmodel", "optimum")),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_base_that_is_stored_in_8_bits_is_trained_and_measured(form, workplace, capsys):
+def test_a_base_that_is_stored_quantised_is_trained_and_measured(form, workplace, capsys):
     name = f"stored-{form.__name__}"
     AutoTokenizer.from_pretrained(workplace / "model").save_pretrained(workplace / name)
     stored, config = form(load_file(workplace / "model" / "model.safetensors"))
@@ -110,7 +123,7 @@ def test_a_base_that_is_stored_in_8_bits_is_trained_and_measured(form, workplace
     (workplace / name / "config.json").write_text(json.dumps(plain | {"quantization_config": config}))
     given = [f"model.name_or_path={name}", f"train.output_dir=runs/{name}"]
     layers = "lora.target_modules=[down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj]"
-    if form is gptq:
+    if form in (gptq, awq):
         assert run_here(workplace, *given) == 2
         assert f"name its layers, such as {layers.partition('=')[2]}" in capsys.readouterr().err
         given.append(layers)
