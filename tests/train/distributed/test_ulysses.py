@@ -195,6 +195,21 @@ def test_models_whose_heads_cannot_be_told_everything(family, reason, monkeypatc
         share_rows(arguments(2), build(family), selection=False)
 
 
+class ReadsItsTokens(LlamaForCausalLM):
+    """What cannot be tried without data, since it asks for values before it attends."""
+
+    def forward(self, input_ids, **options):
+        assert input_ids.max().item() < self.config.vocab_size
+        return super().forward(input_ids, **options)
+
+
+def test_a_model_that_cannot_be_tried_without_data_is_not_refused_for_it(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = arguments(2)
+    share_rows(args, ReadsItsTokens(model().config), selection=False)
+    assert args.parallelism_config.sp_handler.sp_attn_implementation == "lrsa"
+
+
 def test_copies_of_kv_heads_are_not_taught(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     args = arguments(4)

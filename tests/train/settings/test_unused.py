@@ -41,6 +41,8 @@ def test_what_another_section_leaves_without_effect_is_refused(load, tmp_path):
     text = GOOD.replace("kind: qa", "kind: text")
     [told] = load(text, "eval.metric=loss")
     assert told == "--set eval.metric: has no effect with data.kind: text, whose loss is measured: leave it out"
+    suite = load(text, "eval.suite=[passkey_16]", "eval.metric=generation")  # its answers are generated all the same
+    assert suite.eval.metric == "generation"
     [told] = load(text, "objective.selection_queries=8")
     assert "without objective.selection: set that" in told
     assert load(text, "objective.selection_queries=8", "objective.selection=1").objective.selection_queries == 8
