@@ -81,3 +81,19 @@ def test_gradients_that_are_lost_are_not_excused(results, monkeypatch):
     monkeypatch.setattr(checks, "_checkpointed", Mock(side_effect=results))
     with pytest.raises(AssertionError, match=r"checkpointing (changes gradients|loses a)"):
         checks.adapter(checks.Subject(build("llama")))
+
+
+@pytest.mark.parametrize("side", ["LRSA", "the oracle"])
+def test_a_parameter_with_a_gradient_on_one_side_alone_fails(side):
+    subject = checks.Subject(build("llama"))
+    lost = "model.layers.0.self_attn.k_proj.weight"
+    if side == "LRSA":
+        applied = subject.applied()
+        applied.get_parameter(lost).requires_grad_(False)
+        subject.applied = lambda: applied
+    else:
+        whole = subject.applied()
+        subject.model.get_parameter(lost).requires_grad_(False)
+        subject.applied = lambda: whole
+    with pytest.raises(AssertionError, match=rf"gradients for .*{lost}"):
+        checks.gradients(subject)
