@@ -19,6 +19,8 @@ from lrsa.serving import request as requests
 from lrsa.serving.bodies import ChatCompletion, Completion, Message, Sampled
 from lrsa.serving.engine import Engine
 
+MARK = "LastMessageGoesHere"
+
 
 class Server:
     """The HTTP application of one engine, `Server(...).app`.
@@ -65,23 +67,30 @@ class Server:
         """
         if messages[-1].role == "assistant":
             raise ValueError("the last message must be the user's: the answer to it is what is generated.")
-        if self.prompt is not None and [message.role for message in messages] == ["user"]:
-            return self.prompt.prompt(messages[0].text)
-        tokenizer = self.engine.tokenizer
-        if not tokenizer.chat_template:
+        single = self.prompt is not None and [message.role for message in messages] == ["user"]
+        if not self.engine.tokenizer.chat_template:
+            if single:
+                return self.prompt.prompt(messages[0].text)
             raise ValueError(
                 "this model has no chat template: send one message of role user, or a whole text to /v1/completions."
             )
-        plain = [{"role": message.role, "content": message.text} for message in messages]
-        options = {"chat_template": chat_template(tokenizer), "tokenize": False, "add_generation_prompt": True}
+        *earlier, last = [{"role": message.role, "content": message.text} for message in messages]
+        text = self._rendered([*earlier, last])
+        if self.prompt is None:
+            return text
+        before, _, after = self._rendered([*earlier, last | {"content": MARK}]).partition(MARK)
+        for asked in (last["content"], last["content"].strip()):  # templates leave white space around it, or cut it off
+            if text == before + asked + after:  # up to the answer as in training
+                return self.prompt.prompt(asked) if single else before + asked + self.prompt.between
+        return self.prompt.prompt(last["content"]) if single else text
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        options = {"tokenize": False, "add_generation_prompt": True}
+        tokenizer = self.engine.tokenizer
         try:
-            text = tokenizer.apply_chat_template(plain, **options)
+            return tokenizer.apply_chat_template(messages, chat_template=chat_template(tokenizer), **options)
         except Exception as error:  # a template is a program of the model's author: anything may come out of it
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        asked, place = messages[-1].text.strip(), text.rfind(messages[-1].text.strip())
-        if self.prompt is None or place < 0:
-            return text
-        return text[: place + len(asked)] + self.prompt.between  # up to the answer as in training
 
     async def _answer(self, body: Sampled, http: Request, text: str, limit: int | None, writer: Writer):
         if body.model not in (None, self.name):

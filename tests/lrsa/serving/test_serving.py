@@ -192,6 +192,11 @@ def test_a_conversation_leads_to_its_answer_as_in_training(engine, byte_tokenize
     server = Server(engine, "tiny", PromptFormat.of(byte_tokenizer))
     turns = [Message(role="user", content="Who?"), Message(role="assistant", content="Anna."),
              Message(role="user", content="When? ")]  # fmt: skip
-    text = "<s>user: Who?</s><s>assistant: <think></think>Anna.</s><s>user: When?</s><s>assistant: <think></think>"
-    assert server.conversation(turns) == text
+    text = "<s>user: Who?</s><s>assistant: <think></think>Anna.</s><s>user: {}</s><s>assistant: <think></think>"
+    assert server.conversation(turns) == text.format("When? "), "the next turn begins with the very same text"
     assert server.conversation(turns[:1]) == "<s>user: Who?</s><s>assistant: <think></think>"
+    for short in ("assistant", "a", "s"):  # what stands in the generation prompt as well
+        assert server.conversation([*turns[:2], Message(role="user", content=short)]) == text.format(short)
+    monkeypatch.setattr(byte_tokenizer, "chat_template", template.replace("m.content", "m.content | trim"))
+    assert server.conversation(turns) == text.format("When?")
+    assert server.conversation([Message(role="user", content=" Who? ")]) == server.conversation(turns[:1])
