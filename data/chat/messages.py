@@ -131,15 +131,13 @@ def _instruction(number: int, record: dict, columns: dict[str, str]) -> Chat:
         values[name] = record.get(columns.get(name, name))
         if not isinstance(values[name], str) and (values[name] is not None or name != "input"):
             raise ValueError(f"{columns.get(name, name)} must be text, got {values[name]!r:.60}.")
-    turns = [
-        *(record.get("history") or []),
-        ["\n\n".join(filter(None, (values["instruction"], values["input"]))), values["output"]],
-    ]
-    if any(not isinstance(turn, (list, tuple)) or len(turn) != 2 for turn in turns):
-        raise ValueError(f"history must hold pairs of instruction and output, got {record['history']!r:.60}.")
+    history = record.get("history") or []
+    if not isinstance(history, list) or any(not isinstance(turn, (list, tuple)) or len(turn) != 2 for turn in history):
+        raise ValueError(f"history must hold pairs of instruction and output, got {history!r:.60}.")
+    last = ["\n\n".join(filter(None, (values["instruction"], values["input"]))), values["output"]]
     pairs = [
         message
-        for said, answer in turns
+        for said, answer in [*history, last]
         for message in ({"role": "user", "content": said}, {"role": "assistant", "content": answer})
     ]
     return _chat(number, record, {name: columns[name] for name in ("system", "tools") if name in columns}, pairs)

@@ -41,6 +41,9 @@ def test_alpaca_with_input_history_and_system():
     [chat] = read(record)
     assert [message["content"] for message in chat.messages] == ["Be brief.", "Hi", "Ho", "Sum\n\n1 2", "3"]
     assert chat.answers == [2, 4] and chat.messages[0]["role"] == "system"
+    for history in (3, [["Hi"]], "Hi"):
+        with pytest.raises(DataError, match="record 0: history must hold pairs of instruction and output, got"):
+            read(record | {"history": history})
 
 
 def test_a_prompt_and_a_completion_as_texts_stay_as_they_are():
