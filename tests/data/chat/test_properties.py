@@ -24,15 +24,32 @@ MESSAGES = st.lists(
     | st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "boss"]), "value": TEXTS | ODD}),
     max_size=5,
 )
-TURNS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3).map(
-    lambda turns: {"conversations": [{"from": r, "value": t} for u, a in turns for r, t in (("user", u), ("gpt", a))]}
-)
-RECORDS = st.lists(TURNS, min_size=1, max_size=3) | st.lists(
-    st.fixed_dictionaries({"messages": MESSAGES}, optional={"tools": ODD, "system": ODD, "chat_template_kwargs": ODD})
-    | st.fixed_dictionaries({"prompt": TEXTS | ODD | MESSAGES, "completion": TEXTS | ODD | MESSAGES})
-    | st.fixed_dictionaries({"instruction": TEXTS, "output": TEXTS | ODD}, optional={"input": TEXTS, "history": ODD}),
-    min_size=1,
-    max_size=2,
+
+
+def turns(texts: st.SearchStrategy) -> st.SearchStrategy:
+    return st.lists(st.tuples(texts, texts), min_size=1, max_size=3).map(
+        lambda pairs: {
+            "conversations": [{"from": r, "value": t} for pair in pairs for r, t in zip(ROLES, pair, strict=True)]
+        }
+    )
+
+
+ROLES = ("user", "gpt")
+GOOD = turns(st.sampled_from(["Who?", "a\nb", "ünï 漢字"]))  # most chats of all texts are refused
+RECORDS = (
+    st.lists(GOOD, min_size=1)
+    | st.lists(turns(TEXTS), min_size=1, max_size=3)
+    | st.lists(
+        st.fixed_dictionaries(
+            {"messages": MESSAGES}, optional={"tools": ODD, "system": ODD, "chat_template_kwargs": ODD}
+        )
+        | st.fixed_dictionaries({"prompt": TEXTS | ODD | MESSAGES, "completion": TEXTS | ODD | MESSAGES})
+        | st.fixed_dictionaries(
+            {"instruction": TEXTS, "output": TEXTS | ODD}, optional={"input": TEXTS, "history": ODD}
+        ),
+        min_size=1,
+        max_size=2,
+    )
 )
 
 
@@ -43,8 +60,8 @@ def test_rows_are_right_or_refused(template, tmp_path_factory, byte_tokenizer):
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
     counts = {"right": 0, "refused": 0}
 
-    @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(RECORDS, st.sampled_from(["all", "last"]), st.sampled_from(["drop", "cut"]), st.sampled_from([40, 400]))
+    @settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(RECORDS, st.sampled_from(["all", "last"]), st.sampled_from(["drop", "cut"]), st.sampled_from([80, 400]))
     def check(records, train_on, too_long, length):
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         options = {"train_on": train_on, "too_long": too_long, "context_length": length, "eval_rows": 0}
