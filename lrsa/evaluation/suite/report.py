@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 from lrsa.evaluation.extra import extra
@@ -74,34 +75,32 @@ def _rows(parts: dict, metric: str) -> list[list[str]]:
 
 
 def draw_heat_map(suite: Suite, task: str, path: Path) -> Path:
-    """The headline by length and depth, a panel for every model and cache; one set of weights has one full cache."""
+    """The headline by length and depth: a row for each cache, a column for each model. Models that differ only in the
+    tokens that they keep have one full cache, which stands in the last one's column."""
     parts = {length: results for (name, length), results in suite.parts.items() if name == task}
     first = next(iter(parts.values()))
     metric = next(m for m in ("accuracy", "token_accuracy") if m in first.metrics)
     cells = [c for c in suite.cells() if c["task"] == task and c["metric"] == metric and c["depth"] is not None]
     lengths, depths = list(parts), sorted({cell["depth"] for cell in cells})
-    panels, seen = [], []
-    for setting in first.settings:
-        for model in first.models:
-            if not any(first.cells[model][setting.name] is other for other in seen):
-                seen.append(first.cells[model][setting.name])
-                panels.append((model, setting.name))
-    columns = min(len(panels), 4)
-    rows = -(-len(panels) // columns)
     figure = extra("matplotlib.figure").Figure(
-        figsize=(1.6 + columns * max(2.2, 0.75 * len(lengths)), 0.9 + rows * (1.1 + 0.4 * len(depths))),
+        figsize=(
+            1.6 + len(first.models) * max(2.2, 0.75 * len(lengths)),
+            0.9 + len(first.settings) * (1.1 + 0.4 * len(depths)),
+        ),
         layout="constrained",
     )
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (model, cache) in zip(grid.flat, panels, strict=False):
+    grid = figure.subplots(len(first.settings), len(first.models), squeeze=False)
+    caches = [setting.name for setting in first.settings]
+    for axes, (cache, (place, model)) in zip(grid.flat, product(caches, enumerate(first.models)), strict=True):
+        if any(first.cells[model][cache] is first.cells[later][cache] for later in first.models[place + 1 :]):
+            axes.set_axis_off()
+            continue
         values = {(c["depth"], c["length"]): c["value"] for c in cells if (c["model"], c["cache"]) == (model, cache)}
         image = [[values[depth, length] for length in lengths] for depth in depths]
         shown = axes.imshow(image, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (depth, length), value in values.items():
-            place, colour = (lengths.index(length), depths.index(depth)), "white" if value < 0.6 else "black"
-            axes.text(*place, f"{value:.2f}".removeprefix("0"), ha="center", va="center", color=colour, fontsize=9)
+            x, y, colour = lengths.index(length), depths.index(depth), "white" if value < 0.6 else "black"
+            axes.text(x, y, f"{value:.2f}".removeprefix("0"), ha="center", va="center", color=colour, fontsize=9)
         axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths], fontsize=9)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=9)
         # Models that share a full cache differ in what follows the comma alone.

@@ -99,8 +99,9 @@ def test_every_cell_is_the_mean_of_its_rows_and_what_is_not_measured_is_said(
         long_context(models, byte_tokenizer, TURN, CONFIG, lengths=(900,), tasks=("needle",))
 
 
-def test_a_run_is_measured_with_its_controls(tiny_run, tmp_path):
+def test_a_run_is_measured_with_its_controls(tiny_run, tmp_path, monkeypatch):
     """Base and adapter, and the adapter with other choices of tokens, through the settings of the run."""
+    from matplotlib.figure import Figure
     from rich.console import Console
 
     import data
@@ -114,7 +115,13 @@ def test_a_run_is_measured_with_its_controls(tiny_run, tmp_path):
     settings = load_settings(config_of_run(tiny_run), [*given, "eval.metric=loss"])
     tokenizer = load_tokenizer(settings.model)
     corpus = data.load(settings.data, tokenizer, 0, 20)
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **o: (drawn.append(figure), save(figure, *a, **o)))
     run_suite(settings, *load_variants(settings, tiny_run), tokenizer, corpus, Console(), tmp_path)
+    titles = [axes.get_title().split("\n") if axes.axison else None for axes in drawn[-1].axes[:12]]
+    models = ["base", "LRSA-LoRA, recent", "LRSA-LoRA, random", "LRSA-LoRA"]
+    assert titles[:4] == [["base", "full cache"], None, None, ["LRSA-LoRA", "full cache"]]
+    assert titles[4:] == [[model, f"keep {ratio}"] for ratio in ("1/2", "1/4") for model in models]
     cells = json.loads((tmp_path / "suite.json").read_text())["cells"]
     assert {cell["model"] for cell in cells} == {"base", "LRSA-LoRA, recent", "LRSA-LoRA, random", "LRSA-LoRA"}
     assert {cell["cache"] for cell in cells} == {"full", "1/2", "1/4"}
