@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 PROMPT_NAME = "lrsa_prompt.json"
 _USER, _ANSWER = "UserTextGoesHere", "AnswerTextGoesHere"  # mixed, for templates that change case
+_FORMS = (str, lambda text: [{"type": "text", "text": text}])  # of a message: models that see images want parts
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _DATE = datetime(2024, 7, 26)  # for templates that write the day: a prompt shall not change from one day to the next
 
@@ -123,11 +124,54 @@ def chat_template(tokenizer, tools: list[dict] | None = None) -> str:
     return _NOW.sub(lambda found: json.dumps(_DATE.strftime(found[2])), template)
 
 
+def conversation_prompt(tokenizer, prompt: PromptFormat | None, messages: list[dict[str, str]]) -> str:
+    """The prompt of a conversation whose last message is to be answered.
+
+    Args:
+        prompt: leads to the answer as in training; None: the chat template's own generation prompt does.
+        messages: of `role` and `content`.
+
+    Raises:
+        ValueError: without a chat template, but for a single message of role user where there is a `prompt`, or when
+            the template refuses the messages or changes the last one.
+    """
+    *earlier, last = messages
+    said, single = last["content"], prompt is not None and not earlier and last["role"] == "user"
+    if not tokenizer.chat_template and not single:
+        raise ValueError(
+            "this model has no chat template: only a single message of role user can be answered, or a text."
+        )
+    reasons = []
+    for form in _FORMS if tokenizer.chat_template else ():
+        try:
+            text = _generation_prompt(tokenizer, messages, form)
+            marked = _generation_prompt(tokenizer, [*earlier, last | {"content": _USER}], form)
+        except Exception as error:  # a template is a program of the model's author: anything may come out of it
+            reasons.append(f"refuses these messages: {error}")
+            continue
+        before, found, after = marked.rpartition(_USER)
+        if found and prompt is None:
+            return text
+        written = text.removeprefix(before).removesuffix(after)
+        if found and written.strip() == said.strip():  # templates leave white space around it, or cut it off
+            return prompt.prompt(written) if single else before + written + prompt.between
+        reasons.append(f"does not write the last message as it is: {text!r:.200}")
+    if single:
+        return prompt.prompt(said)
+    raise ValueError(f"the chat template {reasons[0]}.")
+
+
+def _generation_prompt(tokenizer, messages: list[dict[str, str]], form) -> str:
+    shaped = [message | {"content": form(message["content"])} for message in messages]
+    options = {"chat_template": chat_template(tokenizer), "tokenize": False, "add_generation_prompt": True}
+    return tokenizer.apply_chat_template(shaped, **options)
+
+
 def _rendered(tokenizer, turns: int) -> list[str]:
     """What the chat template writes before, between and after the texts of so many questions, each with its answer."""
     marks = [mark + chr(ord("A") + turn) for turn in range(turns) for mark in (_USER, _ANSWER)]
     reason = ""
-    for content_of in (str, lambda text: [{"type": "text", "text": text}]):  # models that see images want parts
+    for content_of in _FORMS:
         messages = [
             {"role": ("user", "assistant")[place % 2], "content": content_of(mark)} for place, mark in enumerate(marks)
         ]

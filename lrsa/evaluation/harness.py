@@ -24,6 +24,7 @@ from lm_eval.models.utils_hf import get_dtype
 import lrsa
 from lrsa.cache import CACHE_ARGUMENT
 from lrsa.config import LRSAConfig
+from lrsa.prompt import conversation_prompt
 
 CACHES = ("compressed", "full")
 SETTINGS = tuple(field.name for field in fields(LRSAConfig))
@@ -83,10 +84,9 @@ class LRSALM(HFLM):
         super().__init__(model, backend="causal", **({"tokenizer": tokenizer} | measuring))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A single question is put as training put it, whatever the template writes for generation."""
-        alone = len(chat_history) == 1 and chat_history[0]["role"] == "user" and add_generation_prompt
-        if self.prompt_format is not None and alone:
-            return self.prompt_format.prompt(chat_history[0]["content"])
+        """Up to the answer as training put it, whatever the template writes for generation."""
+        if self.prompt_format is not None and add_generation_prompt:
+            return conversation_prompt(self.tokenizer, self.prompt_format, chat_history)
         return super().apply_chat_template(chat_history, add_generation_prompt)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options) -> torch.Tensor:

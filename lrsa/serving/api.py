@@ -14,12 +14,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from lrsa.prompt import PromptFormat, chat_template
+from lrsa.prompt import PromptFormat, conversation_prompt
 from lrsa.serving import request as requests
 from lrsa.serving.bodies import ChatCompletion, Completion, Message, Sampled
 from lrsa.serving.engine import Engine
-
-MARK = "LastMessageGoesHere"
 
 
 class Server:
@@ -67,30 +65,8 @@ class Server:
         """
         if messages[-1].role == "assistant":
             raise ValueError("the last message must be the user's: the answer to it is what is generated.")
-        single = self.prompt is not None and [message.role for message in messages] == ["user"]
-        if not self.engine.tokenizer.chat_template:
-            if single:
-                return self.prompt.prompt(messages[0].text)
-            raise ValueError(
-                "this model has no chat template: send one message of role user, or a whole text to /v1/completions."
-            )
-        *earlier, last = [{"role": message.role, "content": message.text} for message in messages]
-        text = self._rendered([*earlier, last])
-        if self.prompt is None:
-            return text
-        before, _, after = self._rendered([*earlier, last | {"content": MARK}]).partition(MARK)
-        for asked in (last["content"], last["content"].strip()):  # templates leave white space around it, or cut it off
-            if text == before + asked + after:  # up to the answer as in training
-                return self.prompt.prompt(asked) if single else before + asked + self.prompt.between
-        return self.prompt.prompt(last["content"]) if single else text
-
-    def _rendered(self, messages: list[dict[str, str]]) -> str:
-        options = {"tokenize": False, "add_generation_prompt": True}
-        tokenizer = self.engine.tokenizer
-        try:
-            return tokenizer.apply_chat_template(messages, chat_template=chat_template(tokenizer), **options)
-        except Exception as error:  # a template is a program of the model's author: anything may come out of it
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        plain = [{"role": message.role, "content": message.text} for message in messages]
+        return conversation_prompt(self.engine.tokenizer, self.prompt, plain)
 
     async def _answer(self, body: Sampled, http: Request, text: str, limit: int | None, writer: Writer):
         if body.model not in (None, self.name):

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 import data
 from lrsa import PromptFormat
-from lrsa.prompt import _rendered
+from lrsa.prompt import _USER, _rendered, conversation_prompt
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -161,3 +161,49 @@ def test_a_tokenizer_that_adds_bos_by_itself_adds_no_second_one(byte_tokenizer):
     assert tokenizer("fox")["input_ids"][0] == tokenizer.bos_token_id
     ids = PromptFormat.plain(tokenizer).encode(tokenizer, "the fox")["input_ids"][0].tolist()
     assert ids == byte_tokenizer("<s>the fox")["input_ids"] and ids.count(tokenizer.bos_token_id) == 1
+
+
+THINKS = (
+    "{% for m in messages %}{{ '<s>' + m.role + ': ' }}{% if m.role == 'assistant' %}{{ '<think></think>' }}{% endif %}"
+    "{{ CONTENT + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant: ' }}{% endif %}"
+)
+PARTS = "(m.content | map(attribute='text') | join(''))"
+TALK = [{"role": role, "content": text} for role, text in (("user", "Who?"), ("assistant", "Anna."), ("user", "{}"))]
+
+
+@pytest.mark.parametrize("strips", ["", " | trim", ".rstrip()", ".lstrip()", ".strip('\n')"])
+@pytest.mark.parametrize("content", ["m.content", PARTS, "m.content[0]['text']"])
+@pytest.mark.parametrize("last", ["When?", " When? \n", "a", "assistant", "Who?", f"{_USER} {_USER}"])
+def test_a_conversation_leads_to_its_answer_as_in_training(content, strips, last, byte_tokenizer):
+    tokenizer = with_template(byte_tokenizer, THINKS.replace("CONTENT", content + strips))
+    prompt = PromptFormat.of(tokenizer)
+    written = {" | trim": last.strip(), ".rstrip()": last.rstrip(), ".lstrip()": last.lstrip(), "": last}.get(
+        strips, last.strip("\n")
+    )
+    text = f"<s>user: Who?</s><s>assistant: <think></think>Anna.</s><s>user: {written}</s><s>assistant: "
+    talk = [*TALK[:2], TALK[2] | {"content": last}]
+    assert conversation_prompt(tokenizer, prompt, talk) == text + "<think></think>"
+    assert conversation_prompt(tokenizer, None, talk) == text
+    assert conversation_prompt(tokenizer, prompt, talk[2:]) == f"<s>user: {written}</s><s>assistant: <think></think>"
+
+
+def test_a_conversation_that_the_template_does_not_take_is_refused(byte_tokenizer):
+    prompt = PromptFormat("<s>", "</s>", "", "", None)
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = None
+    assert conversation_prompt(tokenizer, prompt, TALK[:1]) == "<s>Who?</s>"
+    with pytest.raises(ValueError, match="has no chat template: only a single message"):
+        conversation_prompt(tokenizer, prompt, TALK)
+    for template, reason in {
+        "{{ raise_exception('three are too many') if messages | length > 1 }}": "refuses these messages: three are too",
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}": "does not write the last message as it is",
+        "{{ messages[0].content }}": "does not write the last message as it is",
+    }.items():
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=f"the chat template {reason}"):
+            conversation_prompt(tokenizer, prompt, TALK)
+
+
+def test_a_conversation_s_day_is_the_same_tomorrow(byte_tokenizer):
+    tokenizer = with_template(byte_tokenizer, "{{ strftime_now('%d %b %Y') }}" + THINKS.replace("CONTENT", "m.content"))
+    assert conversation_prompt(tokenizer, None, TALK).startswith("26 Jul 2024<s>user: ")

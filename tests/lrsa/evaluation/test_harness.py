@@ -59,6 +59,9 @@ def test_a_question_is_put_as_training_put_it(loaded, tmp_path):
     lrsa.PromptFormat("BEFORE ", " BETWEEN", "", "the", 17).save_pretrained(tmp_path)
     lm = LRSALM(str(tmp_path))
     assert lm.apply_chat_template([{"role": "user", "content": "Q"}]) == "BEFORE Q BETWEEN"
+    lm.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ strftime_now('%Y') }}"
+    several = [{"role": role, "content": text} for role, text in (("user", "A"), ("assistant", "B"), ("user", "Q"))]
+    assert lm.apply_chat_template(several) == "[A][B][Q BETWEEN"
     assert 17 in lm.model.generation_config.eos_token_id
 
 
