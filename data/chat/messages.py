@@ -156,7 +156,8 @@ def _chat(number: int, record: dict, columns: dict[str, str], raw: list, first_t
         messages.append(read)
     if answers:
         messages = messages[: answers[-1] + 1]
-    if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] != "system"):
+    system = _text(system, "system")
+    if system.strip() and (not messages or messages[0]["role"] != "system"):
         messages, answers = [{"role": "system", "content": system}, *messages], [place + 1 for place in answers]
     options = record.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
@@ -197,6 +198,8 @@ def _message(raw: Any, columns: dict[str, str]) -> tuple[dict[str, Any], bool]:
         message |= {"content": "" if role.lower() == "function_call" else message["content"]}
         message["tool_calls"] = [{"type": "function", "function": _parsed(call, "the function call")}]
     if message.get("tool_calls"):
+        if not isinstance(message["tool_calls"], list):
+            raise ValueError(f"tool_calls must be a list, got {message['tool_calls']!r:.60}.")
         message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
     elif content is None:
         raise ValueError(f"has no content ({' or '.join(names)}).")
@@ -205,15 +208,16 @@ def _message(raw: Any, columns: dict[str, str]) -> tuple[dict[str, Any], bool]:
     return message, weight != 0
 
 
-def _text(content: Any) -> str:
+def _text(content: Any, what: str = "content") -> str:
     """Text, or OpenAI's parts of type text, joined."""
     if isinstance(content, list):
-        kinds = {part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content}
-        if other := ", ".join(sorted(map(str, kinds - {"text"}))):
+        kinds = {f"{part.get('type')}" if isinstance(part, dict) else type(part).__name__ for part in content}
+        if other := ", ".join(sorted(kinds - {"text"})):
             raise ValueError(f"has parts of type {other}; only text is trained on.")
-        content = "".join(part["text"] for part in content)
+        texts = [part.get("text") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else texts
     if content is not None and not isinstance(content, str):
-        raise ValueError(f"content must be text, got {content!r:.60}.")
+        raise ValueError(f"{what} must be text, got {content!r:.60}.")
     return content or ""
 
 

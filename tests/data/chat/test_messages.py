@@ -41,6 +41,7 @@ def test_alpaca_with_input_history_and_system():
     [chat] = read(record)
     assert [message["content"] for message in chat.messages] == ["Be brief.", "Hi", "Ho", "Sum\n\n1 2", "3"]
     assert chat.answers == [2, 4] and chat.messages[0]["role"] == "system"
+    assert read(record | {"system": [{"type": "text", "text": "Be brief."}]}) == [chat]
     for history in (3, [["Hi"]], "Hi"):
         with pytest.raises(DataError, match="record 0: history must hold pairs of instruction and output, got"):
             read(record | {"history": history})
@@ -102,6 +103,11 @@ def test_what_has_nothing_to_train_is_counted():
         ({"messages": [WHO[1] | {"reasoning_content": 3}]}, "message 0: reasoning_content must be text, got 3"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
          "message 0: arguments of a tool call must be JSON"),
+        ({"messages": [{"role": "assistant", "tool_calls": 3}]}, "message 0: tool_calls must be a list, got 3"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content must be text, got [None]"),
+        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "message 0: has parts of type []"),
+        ({"messages": WHO, "system": 3}, "system must be text, got 3"),
+        ({"messages": WHO, "system": ["Be brief."]}, "has parts of type str; only text is trained on"),
     ],
 )  # fmt: skip
 def test_what_is_no_chat_is_refused_with_its_number(record, part):
