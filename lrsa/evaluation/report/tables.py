@@ -64,7 +64,7 @@ def measurements(results: Results) -> str:
         *([f"**Warning:** {results.warning}."] if results.warning else []),
         f"![Scores against keep ratio]({PICTURE})",
         *(
-            f"## {TITLES[metric]}\n\n{markdown_table(_score_rows_with_bytes(results, metric))}"
+            f"## {TITLES[metric]}\n\n{markdown_table(_score_rows_with_share(results, metric))}"
             for metric in results.metrics
         ),
     ]
@@ -125,9 +125,10 @@ def _score_rows(results: Results, metric: str) -> list[list[str]]:
     return rows
 
 
-def _score_rows_with_bytes(results: Results, metric: str) -> list[list[str]]:
-    """A page is wider than a terminal."""
-    shares = ["of its bytes", *(_whole(setting.cost)[-1] for setting in results.settings)]
+def _score_rows_with_share(results: Results, metric: str) -> list[list[str]]:
+    """A page is wider than a terminal. The share is that of the rows behind the scores; bytes are the longest row's."""
+    held = [[cells[setting.name].kept for cells in results.cells.values()] for setting in results.settings]
+    shares = ["tokens held", *(" to ".join(dict.fromkeys(f"{x:.1%}" for x in (min(all_), max(all_)))) for all_ in held)]
     rows = zip(_score_rows(results, metric), shares, strict=True)
     return [[name, share, *scores] for (name, *scores), share in rows]
 

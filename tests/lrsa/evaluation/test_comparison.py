@@ -132,13 +132,17 @@ def test_measured_cost_stands_in_the_results(adapted):
 
 
 def test_report_says_what_layers_hold_alone_and_together(adapted):
-    results = run(adapted, rows=[{"input_ids": list(range(48)) * 5}], config=LRSAConfig(2, 8, 1, skip_layers=[1]))
+    config = LRSAConfig(2, 8, 1, skip_layers=[1])
+    rows = [{"input_ids": (list(range(48)) * 5)[:length]} for length in (240, 60)]  # the short one holds a larger share
+    results = run(adapted, rows=rows, config=config)
+    held = (1 + 2 * sum(map(config.kept_length, (240, 60))) / 300) / 3
     cost = results.settings[-1].cost
     whole = sum(layer.bytes for layer in cost) / sum(layer.full_bytes for layer in cost)
     report = markdown(results)
     assert f"| keep 1/8 | each of 0, 2 | {cost[0].kept} of 240 |" in report
     assert "| keep 1/8 | each of 1 | 240 of 240 |" in report
-    assert f"| keep 1/8 (trained) | {whole:.1%} | {results.score('base', '1/8')} |" in report
+    assert f"| keep 1/8 (trained) | {held:.1%} | {results.score('base', '1/8')} |" in report
+    assert f"{held:.1%}" != f"{whole:.1%}"
     assert re.search(rf"\| keep 1/8 \| all \|  \| .* \| {whole:.1%} \|", report)
 
 
