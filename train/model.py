@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -66,7 +67,10 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     options = {} if quantization is None else {"quantization_config": quantization}
     # it says for every layer of every pass that int8 computes in float16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    model = _load(AutoModelForCausalLM, settings, dtype=dtype, **options)
+    with warnings.catch_warnings():
+        # of a base that is stored quantised: that only the way to load it is taken from here, which is meant
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")
+        model = _load(AutoModelForCausalLM, settings, dtype=dtype, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On a CPU an evaluation would pack the weights anew, for good, in a way that gradients do not pass.

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from lrsa.evaluation import Results
 from tests import tiny_run
 from tests.tiny_run import SETTINGS, log_of, make_workplace
+from train import model
 from train.adapter import module_problems
-from train.settings.model import LoraSettings
+from train.settings.model import LoraSettings, ModelSettings
 
 run_here = partial(tiny_run.run_here, overwrite=True)
 
@@ -149,6 +150,17 @@ def test_a_package_that_is_missing_is_named_before_the_data(method, workplace, m
     assert run_here(workplace, f"model.name_or_path={name}", "data.path=nowhere.jsonl") == 2
     told = capsys.readouterr().err
     assert "model.name_or_path" in told and "pip install" in told
+
+
+@pytest.mark.parametrize("form", [gptq, awq, compressed_tensors, fp8])
+def test_a_base_is_loaded_so_that_gradients_pass(form, workplace, tmp_path):
+    plain = json.loads((workplace / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(plain | {"quantization_config": form({})[1]}))
+    loading = model._trainable(ModelSettings(name_or_path=str(tmp_path)))
+    if form in (gptq, awq):
+        assert loading.quant_method == form.__name__ and loading.get_loading_attributes()["backend"] == "auto_trainable"
+    else:
+        assert getattr(loading, "dequantize", None) is (True if form is compressed_tensors else None)
 
 
 def test_all_linear_needs_linear_layers():
