@@ -137,12 +137,14 @@ def conversation_prompt(tokenizer, prompt: PromptFormat | None, messages: list[d
     """
     *earlier, last = messages
     said, single = last["content"], prompt is not None and not earlier and last["role"] == "user"
-    if not tokenizer.chat_template and not single:
+    if not tokenizer.chat_template:
+        if single:
+            return prompt.prompt(said)
         raise ValueError(
             "this model has no chat template: only a single message of role user can be answered, or a text."
         )
     reasons = []
-    for form in _FORMS if tokenizer.chat_template else ():
+    for form in _FORMS:
         try:
             text = _generation_prompt(tokenizer, messages, form)
             marked = _generation_prompt(tokenizer, [*earlier, last | {"content": _USER}], form)

@@ -58,10 +58,10 @@ class Server:
         return await self._answer(body, http, text, body.max_tokens, Writer(self.name, chat=False))
 
     def conversation(self, messages: list[Message]) -> str:
-        """The prompt of a conversation: as in training for a single question, else by the chat template.
+        """The prompt of a conversation, up to the answer as in training.
 
         Raises:
-            ValueError: when the model has no chat template, or it does not take these messages.
+            ValueError: when the last message is an answer, or as `conversation_prompt`.
         """
         if messages[-1].role == "assistant":
             raise ValueError("the last message must be the user's: the answer to it is what is generated.")

@@ -185,6 +185,8 @@ def test_a_conversation_leads_to_its_answer_as_in_training(content, strips, last
     assert conversation_prompt(tokenizer, prompt, talk) == text + "<think></think>"
     assert conversation_prompt(tokenizer, None, talk) == text
     assert conversation_prompt(tokenizer, prompt, talk[2:]) == f"<s>user: {written}</s><s>assistant: <think></think>"
+    marked = [TALK[0] | {"content": _USER}, *talk[1:]]
+    assert conversation_prompt(tokenizer, prompt, marked) == text.replace("Who?", _USER, 1) + "<think></think>"
 
 
 def test_a_conversation_that_the_template_does_not_take_is_refused(byte_tokenizer):
@@ -198,6 +200,7 @@ def test_a_conversation_that_the_template_does_not_take_is_refused(byte_tokenize
         "{{ raise_exception('three are too many') if messages | length > 1 }}": "refuses these messages: three are too",
         "{% for m in messages %}{{ m.content | upper }}{% endfor %}": "does not write the last message as it is",
         "{{ messages[0].content }}": "does not write the last message as it is",
+        "{% for m in messages %}{{ m.content | replace('{', '') }}{% endfor %}": "does not write the last message",
     }.items():
         tokenizer.chat_template = template
         with pytest.raises(ValueError, match=f"the chat template {reason}"):
